@@ -1,0 +1,106 @@
+"""A bundle on PyTorch, on the CPU or a CUDA device: the reference runtime."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.bundle import Bundle, BundleRejected
+from models.network import CausalNetwork, Network, State
+from models.runtimes import Slots, Step, rebuild_steps
+from models.window_network import build_network
+
+
+class TorchRuntime:
+    def __init__(self, bundle: Bundle, capacity: int = 0, device: str = "cpu") -> None:
+        """Raises BundleRejected if the weights do not fit the network."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.bundle = bundle
+        network = load_network(bundle).to(device)
+        assert isinstance(network, CausalNetwork)
+        self.network = network
+        self.steps_seen = np.zeros(0, np.int64)
+        self._device = torch.device(device)
+        self._state = self.network.initial_state(0)
+        self.grow(capacity)
+
+    def step(self, slots: Slots, x: NDArray[np.float32]) -> Step:
+        scaled = torch.from_numpy(self.bundle.scaler.transform(x)).to(self._device)
+        outputs, weights, _ = self.network.step(scaled, self._state, self._rows(slots))
+        self.steps_seen[slots] += 1
+        return Step(*self.bundle.values(outputs.numpy(force=True)), weights.numpy(force=True))
+
+    def rebuild(self, slots: Slots, x: NDArray[np.float32], lengths: Slots) -> None:
+        self.reset(slots)
+        scaled = self.bundle.scaler.transform(x)
+        on_device = torch.from_numpy(scaled).to(self._device)
+        for row, runs in rebuild_steps(lengths, x.shape[1]):
+            self.network.step(on_device[runs, row], self._state, self._rows(slots[runs]))
+        self.steps_seen[slots] = lengths
+
+    def reset(self, slots: Slots) -> None:
+        rows = torch.from_numpy(slots).to(self._device)
+        state = self._state
+        state.h[:, rows] = 0.0
+        state.c[:, rows] = 0.0
+        state.steps[rows] = 0  # hides what the ring holds
+        self.steps_seen[slots] = 0
+
+    def grow(self, capacity: int) -> None:
+        old, more = self._state, capacity - len(self.steps_seen)
+        if more <= 0:
+            return
+        new = self.network.initial_state(more, self._device)
+        self._state = State(
+            h=torch.cat([old.h, new.h], 1),
+            c=torch.cat([old.c, new.c], 1),
+            keys=torch.cat([old.keys, new.keys]),
+            values=torch.cat([old.values, new.values]),
+            steps=torch.cat([old.steps, new.steps]),
+        )
+        self.steps_seen = np.concatenate([self.steps_seen, np.zeros(more, np.int64)])
+
+    def export(self, slots: Slots) -> dict[str, NDArray[Any]]:
+        rows = torch.from_numpy(slots).to(self._device)
+        state = self._state
+        return {
+            "h": state.h[:, rows].transpose(0, 1).numpy(force=True),
+            "c": state.c[:, rows].transpose(0, 1).numpy(force=True),
+            "keys": state.keys[rows].numpy(force=True),
+            "values": state.values[rows].numpy(force=True),
+            "steps": state.steps[rows].numpy(force=True),
+        }
+
+    def load(self, slots: Slots, state: Mapping[str, NDArray[Any]]) -> None:
+        rows = torch.from_numpy(slots).to(self._device)
+        mine = self._state
+        saved = {name: torch.tensor(array, device=self._device) for name, array in state.items()}
+        mine.h[:, rows] = saved["h"].transpose(0, 1)
+        mine.c[:, rows] = saved["c"].transpose(0, 1)
+        mine.keys[rows] = saved["keys"]
+        mine.values[rows] = saved["values"]
+        mine.steps[rows] = saved["steps"]
+        self.steps_seen[slots] = state["steps"]
+
+    def _rows(self, slots: Slots) -> slice | torch.Tensor:
+        """A slice where the slots are a run, which spares the copies of a gather."""
+        if len(slots) and slots[-1] - slots[0] == len(slots) - 1 and (np.diff(slots) == 1).all():
+            return slice(int(slots[0]), int(slots[-1]) + 1)
+        return torch.from_numpy(slots).to(self._device)
+
+
+def load_network(bundle: Bundle) -> Network:
+    """The bundle's network with its weights, ready to run. Raises BundleRejected if they do not fit."""
+    network = build_network(bundle.config.sequence)
+    try:
+        network.load_state_dict({name: torch.tensor(a) for name, a in bundle.weights.items()})
+    except RuntimeError as error:
+        raise BundleRejected(f"{bundle.version}: weights do not fit: {error}") from error
+    return network.eval().requires_grad_(False)
+
+
+def weights_of(network: Network) -> dict[str, NDArray[Any]]:
+    return {name: t.numpy(force=True).copy() for name, t in network.state_dict().items()}

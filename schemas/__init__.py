@@ -1,0 +1,1 @@
+"""Every message, topic and table of the system; imports nothing of ours."""

@@ -1,0 +1,1 @@
+"""Everything with I/O: the processes that people start, and the world outside."""

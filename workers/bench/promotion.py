@@ -1,0 +1,126 @@
+"""How often a challenger that is no better is promoted, and how soon one that is better.
+
+Simulated as the monitor sees it: losses (QLIKE) of two forecasters on the same bars, with overlapping
+labels of heavy-tailed returns and errors that last, looked at after every bar.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.comparison import Comparison, Rule, Verdict
+from models.scoring import loss
+from models.targets import Target
+from workers.config import MonitorSettings
+
+Floats = NDArray[np.float64]
+
+TARGET = Target(kind="volatility", horizon=30)
+DEGREES_OF_FREEDOM = 5.0
+ERROR_SD, ERROR_DECAY = 0.5, 0.98
+"""Of the champion's log variance forecast, and from bar to bar."""
+SHARED = 0.7
+"""Of the variance of both forecasters' errors: a challenger is most often the champion's child."""
+SYMBOLS = (1, 20)
+GAINS = (0.05, 0.1, 0.2, 0.3)
+"""Shares by which the better challenger's mean loss is smaller."""
+
+
+class Ending(NamedTuple):
+    verdict: Verdict
+    bars: int
+
+
+def run(runs: int = 1_000, seed: int = 0) -> dict[str, Any]:
+    settings = MonitorSettings()
+    rule = Rule(alpha=settings.alpha, max_bars=settings.max_shadow_bars)
+    rng = np.random.default_rng(seed)
+    known = _loss_of_knowing(rng)
+
+    def endings(champion_factor: float, challenger_factor: float, symbols: int) -> list[Ending]:
+        sds = (_sd_for(known, champion_factor), _sd_for(known, challenger_factor))
+        n = runs if champion_factor <= challenger_factor else max(runs // 5, 10)
+        return [compare(rule, rng, *sds, symbols) for _ in range(n)]
+
+    power = []
+    for symbols in SYMBOLS:
+        for gain in GAINS:
+            ended = endings(1.0, 1 - gain, symbols)
+            won = [ending.bars for ending in ended if ending.verdict == "promote"]
+            power.append(
+                {
+                    "true_gain": gain,
+                    "promoted": round(len(won) / len(ended), 3),
+                    "median_bars": float(np.median(won)) if won else None,
+                    "symbols": symbols,
+                }
+            )
+    return {
+        "alpha": rule.alpha,
+        "false_promotion_rate": max(share_promoted(endings(1.0, 1.0, s)) for s in SYMBOLS),
+        "false_promotion_rate_5_percent_worse": share_promoted(endings(1.0, 1.05, SYMBOLS[-1])),
+        "runs": runs,
+        "max_bars": rule.max_bars,
+        "power": power,
+    }
+
+
+def share_promoted(endings: list[Ending]) -> float:
+    return round(sum(ending.verdict == "promote" for ending in endings) / len(endings), 4)
+
+
+def compare(
+    rule: Rule,
+    rng: np.random.Generator,
+    champion_sd: float,
+    challenger_sd: float,
+    symbols: int = 1,
+) -> Ending:
+    """One comparison to its end, by the rule that the monitor goes by."""
+    n, h = rule.max_bars, TARGET.horizon
+    y = realised(rng, n, symbols)
+    shared, own, other = (errors(rng, n, symbols) for _ in range(3))
+    ours, theirs = (
+        sd * (np.sqrt(SHARED) * shared + np.sqrt(1 - SHARED) * rest)
+        for sd, rest in ((champion_sd, own), (challenger_sd, other))
+    )
+    gains = (loss(TARGET, ours, y) - loss(TARGET, theirs, y)).mean(axis=1)
+    comparison = Comparison(rule)
+    for ts, gain in enumerate(gains.tolist()):
+        if comparison.update(ts, ts + h, gain):
+            evidence = comparison.get()
+            if evidence.verdict != "continue":
+                return Ending(evidence.verdict, ts + 1)
+    raise AssertionError("the longest duration ends every comparison")
+
+
+def realised(rng: np.random.Generator, n: int, symbols: int) -> Floats:
+    """Log of the mean of `horizon` squared returns of variance 1, f64[n, symbols]: labels overlap."""
+    h, nu = TARGET.horizon, DEGREES_OF_FREEDOM
+    squares = rng.standard_t(nu, (n + h, symbols)) ** 2 * (nu - 2) / nu
+    sums = np.cumsum(np.vstack([np.zeros((1, symbols)), squares]), axis=0)
+    return np.asarray(np.log((sums[h:] - sums[:-h])[:n] / h))
+
+
+def errors(rng: np.random.Generator, n: int, symbols: int) -> Floats:
+    """Stationary errors of unit variance that fade by `ERROR_DECAY` a bar, f64[n, symbols]."""
+    shocks = rng.normal(0.0, np.sqrt(1 - ERROR_DECAY**2), (n, symbols))
+    shocks[0] = rng.normal(size=symbols)
+    for t in range(1, n):
+        shocks[t] += ERROR_DECAY * shocks[t - 1]
+    return shocks
+
+
+def _loss_of_knowing(rng: np.random.Generator) -> float:
+    y = realised(rng, 400_000, 1)
+    return float(np.mean(loss(TARGET, np.zeros_like(y), y)))
+
+
+def _sd_for(known: float, factor: float) -> float:
+    """The error at which the mean loss is `factor` times that of `ERROR_SD`.
+
+    An error of standard deviation s adds exp(s^2 / 2) - 1 to the loss of knowing the variance.
+    """
+    wanted = factor * (known + np.expm1(ERROR_SD**2 / 2)) - known
+    return float(np.sqrt(2 * np.log1p(wanted)))
