@@ -8,6 +8,7 @@ their temporary files.
 
 import contextlib
 import fcntl
+import json
 import os
 import random
 import shutil
@@ -63,18 +64,37 @@ def cache_directory() -> Path:
 
 
 def fetch_jars(cache: Path | None = None) -> list[Path]:
-    """The jars of Kafka: downloaded into `cache` the first time, found there afterwards."""
-    import jgo
+    """The jars of Kafka: downloaded into `cache` the first time, found there afterwards.
 
+    What was found is written down, and jgo is not asked again while it is all there: it puts the
+    jars of one of the artifacts in their places anew whenever it is asked (it takes a folder without
+    a jar that is no module for an unfinished one), under the hands of a JVM that is starting.
+    """
     directory = cache or cache_directory()
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            # One by one: together, log4j's bill of materials would choose an older kafka-clients.
-            built = [jgo.build(artifact, cache_dir=directory / "jgo") for artifact in _ARTIFACTS]
-        except Exception as error:
-            raise BrokerUnavailable(f"Kafka's jars could not be fetched: {error}") from error
+        written_down = directory / "class-path.json"
+        if written_down.exists():
+            known = json.loads(written_down.read_text())
+            jars = [Path(jar) for jar in known["jars"]]
+            if known["artifacts"] == list(_ARTIFACTS) and all(jar.exists() for jar in jars):
+                return jars
+        jars = _fetched(directory)
+        aside = written_down.with_suffix(".new")
+        aside.write_text(json.dumps({"artifacts": _ARTIFACTS, "jars": list(map(str, jars))}))
+        aside.replace(written_down)
+        return jars
+
+
+def _fetched(directory: Path) -> list[Path]:
+    import jgo
+
+    try:
+        # One by one: together, log4j's bill of materials would choose an older kafka-clients.
+        built = [jgo.build(artifact, cache_dir=directory / "jgo") for artifact in _ARTIFACTS]
+    except Exception as error:
+        raise BrokerUnavailable(f"Kafka's jars could not be fetched: {error}") from error
     jars = {jar.name: Path(jar) for environment in reversed(built) for jar in environment.all_jars}
     return sorted(jars.values())
 

@@ -11,7 +11,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from workers import local_kafka
 from workers.errors import BrokerUnavailable
-from workers.local_kafka import LocalKafka, cache_directory
+from workers.local_kafka import LocalKafka, cache_directory, fetch_jars
 
 pytestmark = pytest.mark.kafka
 
@@ -41,6 +41,27 @@ def until(condition: object, seconds: float = 15.0) -> bool:
 
 def brokers_at(servers: str) -> int:
     return len(AdminClient({"bootstrap.servers": servers}).list_topics(timeout=15).brokers)
+
+
+def test_the_jars_stay_where_they_are_while_somebody_else_asks_for_them() -> None:
+    before = {jar: jar.stat().st_ctime_ns for jar in fetch_jars()}
+    assert {jar: jar.stat().st_ctime_ns for jar in fetch_jars()} == before
+
+
+def test_a_jar_that_is_gone_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jar = tmp_path / "a.jar"
+
+    def fetched(_: Path) -> list[Path]:
+        jar.touch()
+        return [jar]
+
+    monkeypatch.setattr(local_kafka, "_fetched", fetched)
+    assert fetch_jars(tmp_path) == [jar]
+    jar.unlink()
+    assert fetch_jars(tmp_path) == [jar]
+    assert jar.exists()
 
 
 def test_a_broker_keeps_its_data_over_a_crash_and_leaves_nothing_behind() -> None:
