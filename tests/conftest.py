@@ -31,6 +31,11 @@ hypothesis.settings.load_profile("suite")
 MakeTopic = Callable[..., str]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: nobody waits for it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_quality_loop.py")
+
+
 @pytest.fixture(scope="session")
 def kafka() -> Iterator[str]:
     """Bootstrap servers of a real Kafka: a given one, one in Docker, or a child process."""

@@ -17,6 +17,8 @@ from workers.local_kafka import LocalKafka
 
 SYMBOLS, WARM_UP_MINUTES, MINUTES = 200, 20, 120
 FROZEN_S = 4.0
+UNFENCED = {"broker.session.timeout.ms": 30_000}
+"""Else the controller takes the only broker there is out of the cluster, which is another test's matter."""
 MAY_GROW_MB = 96
 """The client's queues: 32 MB of bars that were fetched, one batch of signals, and room to breathe."""
 
@@ -24,7 +26,7 @@ MAY_GROW_MB = 96
 @pytest.mark.kafka
 def test_a_frozen_broker_bounds_memory_and_the_replica_goes_on_after_it(tmp_path: Path) -> None:
     bundle = make_bundle(targets=(Target(kind="volatility", horizon=5),))
-    with LocalKafka() as kafka:
+    with LocalKafka(properties=UNFENCED) as kafka:
         settings = Settings(
             bootstrap_servers=kafka.bootstrap_servers, store=str(tmp_path / "store"), replica="one"
         )

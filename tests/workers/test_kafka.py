@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as ClientMessage
-from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 from hypothesis import given
@@ -237,6 +237,27 @@ def test_seek_rewinds_an_assigned_partition(
     take(consumer, 4)
     seek(consumer, topic, 0, 2)
     assert [m.value() for m in take(consumer, 3)] == [b"2", b"3", b"4"]
+
+
+@real
+def test_what_the_own_client_does_not_answer_another_one_is_asked(
+    kafka_settings: Settings,
+    make_topic: MakeTopic,
+    consumers: Callable[..., GroupConsumer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    topic = make_topic()
+    fill(kafka_settings, topic, numbered(2))
+    consumer = consumers(kafka_settings, "mute-" + topic, [topic])
+    take(consumer, 2)
+    with ExactlyOnce(kafka_settings, "w", consumer) as publisher:
+        publisher.commit(after(topic, 2, "about it"))
+
+    def mute(*_: object, **__: object) -> None:
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+
+    monkeypatch.setattr(consumer, "committed", mute)
+    assert committed(consumer, topic, [0]) == {0: (2, "about it")}
 
 
 def test_what_was_polled_before_a_rebalance_is_dropped() -> None:

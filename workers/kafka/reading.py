@@ -30,6 +30,7 @@ from workers.kafka.client import (
 
 CLOSE_TIMEOUT_S = 5.0
 PROBE_S = 2.0
+ANSWERED_WITHIN_S = 5.0
 
 
 class WatchedConsumer(Consumer):
@@ -37,6 +38,7 @@ class WatchedConsumer(Consumer):
 
     def __init__(self, config: dict[str, Any], down_limit_s: float) -> None:
         super().__init__(config | {"error_cb": self._on_error})
+        self._config = config
         self._fatal: KafkaError | None = None
         self._down_since: float | None = None
         self.down_limit_s = down_limit_s
@@ -54,6 +56,11 @@ class WatchedConsumer(Consumer):
             down_s = time.monotonic() - since
             if down_s > self.down_limit_s:
                 raise BrokerUnavailable(f"no broker for {down_s:.0f} s: {error}") from error
+
+    def stranger(self) -> Consumer:
+        """A client of its own with the same configuration, that is no member of the group."""
+        left_out = ("group.instance.id", "on_commit")
+        return Consumer({name: v for name, v in self._config.items() if name not in left_out})
 
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal() or error.code() == KafkaError._FATAL:
@@ -267,15 +274,27 @@ def committed(
     """
     patience_s = consumer.down_limit_s if isinstance(consumer, WatchedConsumer) else ADMIN_TIMEOUT_S
     wanted = [TopicPartition(topic, partition) for partition in partitions]
+    asked = consumer
 
     def ask() -> list[TopicPartition]:
-        found = consumer.committed(wanted, timeout=5)
+        nonlocal asked
+        try:
+            found = asked.committed(wanted, timeout=ANSWERED_WITHIN_S)
+        except KafkaException:
+            # A client that has lost its coordinator may never find it again (librdkafka #5511).
+            if isinstance(consumer, WatchedConsumer) and asked is consumer:
+                asked = consumer.stranger()
+            raise
         for place in found:
             if place.error is not None:
                 raise KafkaException(place.error)
         return found
 
-    found = patiently(ask, patience_s)
+    try:
+        found = patiently(ask, patience_s)
+    finally:
+        if asked is not consumer:
+            asked.close()
     return {p.partition: (max(p.offset, 0), p.metadata or "") for p in found}
 
 
