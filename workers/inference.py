@@ -157,7 +157,7 @@ class Inference:
             if not self._is_kept(self.cycle):
                 self._restore(list(self._progress), rewind=True)
             self._service.progress()
-        if self._is_kept(self._settle):
+        if self._is_kept(self._settle) and self._is_kept(self._publisher.flush):
             for partition in self._progress:
                 self._snapshot(partition)
 
@@ -168,6 +168,7 @@ class Inference:
         messages = self._poll()
         if not messages:
             self._settle()
+            self._publisher.flush()
             return
         started = self._clock()
         bars, places, rejected = decode_bars([message.value() for message in messages])
@@ -444,7 +445,8 @@ class Inference:
         Where it fails, the position is past what is committed, and the next assignment restores.
         """
         self._backlog.clear()
-        self._is_kept(self._settle)
+        if self._is_kept(self._settle):
+            self._is_kept(self._publisher.flush)
 
     def _restore(self, partitions: Sequence[int], *, rewind: bool) -> None:
         """Bring the partitions' state to their committed offsets, or to before them for a replay."""

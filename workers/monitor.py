@@ -516,6 +516,7 @@ class Monitor:
         started = self._clock()
         places = self._moved or list(self._progress)[:1]  # the state needs one to be committed with
         self._publisher.commit({place: (self._progress[place].position, state) for place in places})
+        self._publisher.flush()
         for place in places:
             self._progress[place].committed = self._progress[place].position
         self._metrics.commit_seconds.observe(self._clock() - started)

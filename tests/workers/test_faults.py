@@ -108,9 +108,12 @@ def test_a_replica_that_catches_up_waits_for_the_bundle_of_an_effective_time(
     assert_as_undisturbed(replicas, SWAPPED)
 
 
-@pytest.mark.parametrize("step", ["after produce", "delivered, not committed", "after the commit"])
+@pytest.mark.parametrize(
+    ("step", "kills"),
+    [("after produce", (3, 2)), ("delivered, not committed", (1, 1)), ("after the commit", (3, 2))],
+)
 def test_at_least_once_repeats_what_was_under_way_and_loses_nothing(
-    replicas: Replicas, step: str
+    replicas: Replicas, step: str, kills: tuple[int, int]
 ) -> None:
     settings = with_section(replicas.settings, "kafka", delivery="at_least_once")
     send(settings, bars(0, WARM_AT))
@@ -118,7 +121,7 @@ def test_at_least_once_repeats_what_was_under_way_and_loses_nothing(
     drained(replicas)
     assert replicas.stop() == {"one": 0}
     send(settings, bars(WARM_AT, WARM_AT + LIVE))  # each of these has predictions to repeat
-    for nth in (3, 2):
+    for nth in kills:
         replicas.start("one", Fault(step, nth), settings=settings)
         assert replicas.ended("one") == -signal.SIGKILL
     replicas.start("one", settings=settings)
