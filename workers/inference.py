@@ -117,7 +117,7 @@ class Inference:
         self._tail = Tail(settings, LIFECYCLE)
         self._bundles = LiveBundles(
             lambda: [message.value() for message in self._tail.poll()],
-            lambda version, uri: open_bundle(settings, version, uri),
+            self._opened,
             self._metrics,
         )
         self._snapshots = Snapshots(
@@ -148,7 +148,7 @@ class Inference:
                 for runtime in loaded.values():
                     self._add(runtime)
                 return True
-            self._service.wait(0.05)
+            self._service.wait(0.01)
         return False
 
     def serve(self) -> None:
@@ -190,6 +190,11 @@ class Inference:
         self._snapshot_thread.shutdown()
         self._bundles.close()
         self._tail.close()
+
+    def _opened(self, version: str, uri: str | None) -> Runtime:
+        runtime = open_bundle(self._settings, version, uri)
+        set_threads(self._settings.inference.torch_threads)  # of a library that came with it, too
+        return runtime
 
     def _poll(self) -> list[Message]:
         """The next batch: what has arrived, a fair share of it where there is more than fits."""

@@ -63,11 +63,11 @@ def engine_for(
     Sets one thread, as in the inference worker: rounds of few symbols gain nothing from
     more, and lose much where cores are busy.
     """
-    set_threads(1)
     first = bundles[0].config
     engine = Engine(first.features, first.remembered_bars, attention_top)
     for bundle in bundles:
         engine.add(open_runtime(bundle, runtime, device))
+    set_threads(1)
     return engine
 
 

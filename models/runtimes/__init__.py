@@ -1,9 +1,11 @@
 """What runs a bundle: one small interface, one file for each library that can."""
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -30,6 +32,9 @@ RUNTIMES: Final[Mapping[str, str]] = {
 
 TOLERANCE = 1e-4
 """How far a runtime may be from the golden values: float32 sums in another order, not other sums."""
+
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
+"""One of them is there where Linux has a GPU that torch can use: NVIDIA, its Tegra, WSL, AMD."""
 
 
 class Step(NamedTuple):
@@ -117,9 +122,12 @@ def runtimes_of(config: ModelConfig) -> tuple[str, ...]:
 
 
 def set_threads(n: int) -> None:
-    """Threads of one step in this process, of NumPy's products and of torch; other runtimes have one."""
+    """Threads of one step in this process, of the libraries that are loaded by now.
+
+    Those of NumPy's products and of torch; other runtimes have one.
+    """
     threadpool_limits(n, user_api="blas")
-    if find_spec("torch"):
+    if "torch" in sys.modules:
         import torch
 
         torch.set_num_threads(n)
@@ -175,11 +183,16 @@ def _by_speed(able: Sequence[str], device: str) -> list[str]:
 def _is_cuda(device: str) -> bool:
     if device != "auto":
         return device.startswith("cuda")
-    if find_spec("torch") is None:
+    if not _may_have_gpu() or find_spec("torch") is None:
         return False
     import torch
 
     return torch.cuda.is_available()
+
+
+def _may_have_gpu() -> bool:
+    """To ask torch costs the seconds in which it is loaded."""
+    return sys.platform != "linux" or any(Path(device).exists() for device in GPU_DEVICES)
 
 
 def _open(bundle: Bundle, name: str, device: str) -> Runtime:

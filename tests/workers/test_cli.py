@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import typer
 from pydantic import ValidationError
 from typer.testing import CliRunner, Result
@@ -80,15 +81,22 @@ def test_help_imports_nothing_heavy() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_replica_imports_nothing_that_it_does_not_need() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is torch's")
+def test_a_replica_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
     """What it imports is missing when a killed one is to come back."""
     code = (
-        "import sys, workers.inference;"
-        "sys.exit(','.join(m for m in ('torch', 'pandas', 'pyarrow', 'sqlalchemy', 'matplotlib')"
-        " if m in sys.modules) or 0)"
+        "import sys; from pathlib import Path; import workers.inference as worker;"
+        "from models.bundle import load; from models.runtimes import open_runtime;"
+        "worker.set_threads(1); open_runtime(load(Path(sys.argv[1])), 'auto', 'auto');"
+        "heavy = ('torch', 'pandas', 'pyarrow', 'sqlalchemy', 'matplotlib', 'faust');"
+        "sys.exit(','.join(m for m in heavy if m in sys.modules) or 0)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, save(make_bundle(), tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
 

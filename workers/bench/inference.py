@@ -103,8 +103,8 @@ def _row(settings: Settings, bundle: Bundle, symbols: int, expected: int) -> dic
 
 def model_only_per_s(bundle: Bundle, name: str, symbols: int, threads: int) -> float:
     """Carried steps of the same runtime on `symbols` rows at once, nothing around them."""
-    set_threads(threads)
     runtime = open_runtime(bundle, name)
+    set_threads(threads)
     runtime.grow(symbols)
     slots = np.arange(symbols)
     x = np.random.default_rng(1).normal(size=(symbols, bundle.config.network.n_features))
