@@ -85,7 +85,7 @@ class Snapshots:
             return None
         for name in reversed(names):
             try:
-                snapshot = _parsed(self._files.cat_file(name))
+                snapshot = _parsed(self._read(name))
             except Exception as error:  # it may be damaged in any way, too
                 self._failed("load", partition, error)
                 continue
@@ -125,6 +125,11 @@ class Snapshots:
         except FileNotFoundError:
             return []
 
+    def _read(self, name: str) -> memoryview:
+        if isinstance(self._files, LocalFileSystem):
+            return np.fromfile(name, np.uint8).data  # in large pages: read in half the time
+        return memoryview(self._files.cat_file(name))
+
     def _write(self, name: str, content: bytes) -> None:
         """A reader, or a crash at any moment, meets the whole snapshot or none."""
         digest = hashlib.sha256(content).digest()
@@ -153,8 +158,8 @@ class Snapshots:
         event(log, f"snapshot_{operation}_failed", partition=partition, reason=error)
 
 
-def _parsed(raw: bytes) -> Snapshot:
-    content = memoryview(raw)[_DIGEST_BYTES:]
+def _parsed(raw: memoryview) -> Snapshot:
+    content = raw[_DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != raw[:_DIGEST_BYTES]:
         raise ValueError("the content is not what was written")
     arrays = _tensors(content)
