@@ -242,8 +242,7 @@ class Engine:
         """Put back what `export` gave; bundles that are not loaded are passed over."""
         self.drop(partition)
         symbols = meta["symbols"]
-        if (missing := len(symbols) - len(self._free)) > 0:
-            self._grow(max(self.capacity + missing, 2 * self.capacity))
+        self.make_room(len(symbols))
         slots = self._slots_of(symbols, np.full(len(symbols), partition, np.int64))
         self._seen[slots] = arrays["seen"]
         self._past_x[slots] = arrays["past_x"]
@@ -255,6 +254,11 @@ class Engine:
                 model.joined[slots] = arrays[f"joined/{version}"]
                 model.runtime.load(slots, _unprefixed(f"model/{version}", arrays))
         self.schedules[partition] = Schedule.from_json(meta["schedule"])
+
+    def make_room(self, symbols: int) -> None:
+        """For so many more at once: to grow several times is to copy all state several times."""
+        if (missing := symbols - len(self._free)) > 0:
+            self._grow(max(self.capacity + missing, 2 * self.capacity))
 
     def drop(self, partition: int) -> None:
         """Forget a partition: its symbols' slots are free again."""

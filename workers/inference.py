@@ -59,6 +59,8 @@ OVERLAPPED_FROM = 0.25
 meanwhile do better to go together."""
 AWAITED_S = 10.0
 """How long the first bars of a change wait for its bundle; without it they go to the one before."""
+ROOM = 1.1
+"""Symbols of a partition over those of the one restored before it; what no symbol uses takes no memory."""
 READ_AHEAD = 8
 """Batches held in memory: enough of a backlog that each batch holds bars of all partitions."""
 RETIRED_AFTER_BARS = 512
@@ -462,7 +464,13 @@ class Inference:
             for partition in partitions
             if rewind or not self._holds(partition, offsets[partition][0])
         }
-        for partition, snapshot in self._snapshots.load_each(due):
+        for partition in due:
+            self._engine.drop(partition)
+        for left, (partition, snapshot) in zip(
+            range(len(due), 0, -1), self._snapshots.load_each(due), strict=True
+        ):
+            if snapshot is not None:
+                self._engine.make_room(int(ROOM * left * len(snapshot.meta["symbols"])))
             self._progress[partition] = self._restored(partition, *offsets[partition], snapshot)
             if rewind:
                 seek(self._consumer, BARS, partition, self._progress[partition].position)
@@ -486,9 +494,7 @@ class Inference:
         grace_ms = RETIRED_AFTER_BARS * self._engine.spec.interval_ms
         for version in schedule.bundles(oldest_ts - grace_ms) - self._engine.bundles.keys():
             self._engine.add(self._bundles.open(version))
-        if snapshot is None:
-            self._engine.drop(partition)
-        else:
+        if snapshot is not None:
             self._engine.load(partition, snapshot.arrays, snapshot.meta)
         self._engine.schedules[partition] = schedule
         position = snapshot.offsets[BARS] if snapshot else 0

@@ -92,6 +92,18 @@ def test_batching_changes_nothing(sizes: list[int]) -> None:
     assert agree(run(engine_of(), BARS, sizes), ONE_BY_ONE)
 
 
+def test_room_made_beforehand_is_enough_for_the_partitions_that_come() -> None:
+    first, second = engine_of(), engine_of()
+    run(first, BARS)
+    second.make_room(len(SYMBOLS))
+    capacity = second.capacity
+    second.make_room(len(SYMBOLS))
+    for partition in (0, 1):
+        second.load(partition, *first.export(partition))
+    assert second.capacity == capacity
+    assert sorted(second.symbols(0) + second.symbols(1)) == sorted(SYMBOLS)
+
+
 @settings(max_examples=10, deadline=None)
 @given(cut=st.integers(0, len(BARS)), seed=st.integers(0, 9))
 def test_exported_state_goes_on_elsewhere_as_if_nothing_had_happened(cut: int, seed: int) -> None:
