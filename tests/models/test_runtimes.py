@@ -1,6 +1,7 @@
 """Every runtime under one contract: the numbers of the reference network, and a state by slot."""
 
 import logging
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, get_args
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from models import runtimes
 from models.bundle import Bundle, BundleRejected, ModelConfig
 from models.features import F
 from models.network_config import NetworkConfig
@@ -22,6 +24,7 @@ from models.runtimes import (
     Step,
     open_runtime,
     runtimes_of,
+    set_threads,
     with_golden,
 )
 from models.runtimes.numba import NumbaRuntime
@@ -307,7 +310,22 @@ def test_golden_values_come_from_zero_state() -> None:
     assert again.version == bundle.version
 
 
+def test_threads_are_set_in_torch_too_once_it_is_loaded() -> None:
+    torch.set_num_threads(2)
+    set_threads(1)
+    assert torch.get_num_threads() == 1
+
+
 class TestAuto:
+    @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch is always asked")
+    def test_torch_is_asked_for_a_gpu_only_where_a_device_file_says_that_there_may_be_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for device, first in (("/dev/null", "torch"), ("/dev/nowhere", "numba")):
+            monkeypatch.setattr(runtimes, "GPU_DEVICES", (device,))
+            assert runtimes._by_speed(("torch", "numba"), "auto")[0] == first
+
     def test_a_log_line_names_who_runs_a_bundle(self, caplog: pytest.LogCaptureFixture) -> None:
         bundle = make_bundle()
         with caplog.at_level(logging.INFO, "models.runtimes"):
