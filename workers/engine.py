@@ -21,6 +21,8 @@ from schemas.messages import ARM_OF, ARM_SLOTS, CHALLENGERS, Arm, Role
 from workers.schedule import Schedule
 
 Rows = NDArray[np.intp]
+Groups = list[tuple[int, Rows]]
+"""Which rows of a batch are of which partition, in their order."""
 
 
 class Attention(NamedTuple):
@@ -139,10 +141,11 @@ class Engine:
         What is said does not depend on it. Duplicates and late bars change nothing and have no
         forecast; nor have bars of a symbol that is still warming up.
         """
-        slots = self._slots_of(bars.symbols, partitions)
-        roles = self._roles(bars, partitions)
+        groups = _by_partition(partitions)
+        slots = self._slots_of(bars.symbols, groups)
+        roles = self._roles(bars, groups)
         taken = slice(0, self._affordable(slots, roles))
-        slots, ts, partitions = slots[taken], bars.ts[taken], partitions[taken]
+        slots, ts = slots[taken], bars.ts[taken]
         x, status = self._features.update(slots, ts, bars.ohlcv[taken])
         codes = {version: _codes_in(role_of) for version, role_of in roles.items()}
         parts: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
@@ -184,10 +187,11 @@ class Engine:
                             )
                         )
             _remember(self._past_x, self._past_ts, self._next, at, now_x, now_ts)
-        for partition in np.unique(partitions):
-            schedule = self.schedules.setdefault(int(partition), Schedule())
-            newest_ts = int(ts[partitions == partition].max())
-            schedule.newest_ts = max(schedule.newest_ts, newest_ts)
+        for partition, rows in groups:
+            if rows[0] < len(ts):
+                schedule = self.schedules.setdefault(partition, Schedule())
+                newest_ts = int(ts[rows[rows < len(ts)]].max())
+                schedule.newest_ts = max(schedule.newest_ts, newest_ts)
         forecasts = [
             _joined_parts(self._models[version].bundle, code, pieces)
             for (version, code), pieces in parts.items()
@@ -243,7 +247,7 @@ class Engine:
         self.drop(partition)
         symbols = meta["symbols"]
         self.make_room(len(symbols))
-        slots = self._slots_of(symbols, np.full(len(symbols), partition, np.int64))
+        slots = self._slots_of(symbols, [(partition, np.arange(len(symbols)))])
         self._seen[slots] = arrays["seen"]
         self._past_x[slots] = arrays["past_x"]
         self._past_ts[slots] = arrays["past_ts"]
@@ -270,11 +274,10 @@ class Engine:
         self._free += slots.tolist()
         self.schedules.pop(partition, None)
 
-    def _slots_of(self, symbols: list[str], partitions: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _slots_of(self, symbols: list[str], groups: Groups) -> NDArray[np.int64]:
         slots = np.empty(len(symbols), np.int64)
-        for partition in np.unique(partitions).tolist():
+        for partition, rows in groups:
             table = self._slots.setdefault(partition, {})
-            rows = np.flatnonzero(partitions == partition)
             here = symbols if len(rows) == len(symbols) else [symbols[row] for row in rows.tolist()]
             try:
                 slots[rows] = [table[symbol] for symbol in here]
@@ -312,9 +315,7 @@ class Engine:
         for model in self._models.values():
             model.runtime.reset(slots)
 
-    def _roles(
-        self, bars: BarColumns, partitions: NDArray[np.int64]
-    ) -> dict[str, NDArray[np.int8]]:
+    def _roles(self, bars: BarColumns, groups: Groups) -> dict[str, NDArray[np.int8]]:
         """Code of every row's role, for each loaded bundle.
 
         A champion is never its own rival, and no bar has two bundles to be acted on: of arms that
@@ -322,11 +323,10 @@ class Engine:
         """
         roles = {version: np.zeros(len(bars), np.int8) for version in self._models}
         is_served = np.zeros(len(bars), np.bool_)
-        for partition in np.unique(partitions):
-            schedule = self.schedules.get(int(partition))
+        for partition, here in groups:
+            schedule = self.schedules.get(partition)
             if schedule is None:
                 continue
-            here = np.flatnonzero(partitions == partition)
             ts = bars.ts[here]
             for challenger in CHALLENGERS:
                 for version, _, held in schedule.holders(challenger, ts):
@@ -351,11 +351,14 @@ class Engine:
         """How many of the first bars can be taken before too many rows must be rebuilt."""
         rebuilt = np.zeros(len(slots), np.int64)
         for version, role in roles.items():
-            new = np.flatnonzero((role != _NONE) & ~self._models[version].joined[slots])
-            if len(new):
+            joined = self._models[version].joined[slots]
+            if not joined.all():
+                new = np.flatnonzero((role != _NONE) & ~joined)
                 joining, first = np.unique(slots[new], return_index=True)
                 past = np.clip(self._seen[joining] - WARM_UP_BARS, 0, self.remembered_bars)
                 rebuilt[new[first]] += past
+        if not rebuilt.any():
+            return len(slots)
         return max(1, int(np.searchsorted(np.cumsum(rebuilt), self.rebuilt_rows, "right")))
 
     def _join(self, model: _Model, slots: NDArray[np.int64], role: NDArray[np.int8]) -> None:
@@ -418,8 +421,15 @@ def _stand_in(told: list[_Told], n: int) -> None:
         one.role[(one.role == _CONTROL) & ~is_served[one.runs]] = _CHAMPION
 
 
+def _by_partition(partitions: NDArray[np.int64]) -> Groups:
+    there = np.flatnonzero(np.bincount(partitions)).tolist()
+    if len(there) == 1:
+        return [(there[0], np.arange(len(partitions)))]
+    return [(partition, np.flatnonzero(partitions == partition)) for partition in there]
+
+
 def _codes_in(roles: NDArray[np.int8]) -> list[int]:
-    found = set(np.unique(roles).tolist()) - {_NONE}
+    found = set(np.flatnonzero(np.bincount(roles)).tolist()) - {_NONE}
     return sorted(found | {_CHAMPION} if _CONTROL in found else found)
 
 
@@ -428,7 +438,8 @@ def _rounds(slots: NDArray[np.int64], rows: Rows) -> Iterator[Rows]:
 
     Within a round they are sorted by slot: state is then read in the order in which it lies.
     """
-    if not len(rows):
+    if len(rows) <= 1:
+        yield from [rows] * len(rows)
         return
     rows = rows[np.argsort(slots[rows], kind="stable")]
     at = slots[rows]

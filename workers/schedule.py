@@ -74,8 +74,11 @@ class Schedule:
         self, slot: Slot, ts: NDArray[np.int64]
     ) -> Iterator[tuple[str, Change, NDArray[np.bool_]]]:
         """The bundles that hold a slot at some of the times, with where: (bundle, change, bool[n])."""
+        changes = self.changes.get(slot)
+        if not changes:
+            return
         until = np.full(ts.shape, True)
-        for change in reversed(self.changes.get(slot, [])):
+        for change in reversed(changes):
             here = until & (ts >= change.from_ts)
             if change.bundle is not None and here.any():
                 yield change.bundle, change, here
