@@ -38,6 +38,7 @@ def run(
     deliveries: Sequence[Delivery] = ("exactly_once",),
     runtimes: Sequence[str] = ("auto",),
     windows: Sequence[int] = (30,),
+    attention_every: int = 1,
     tell: Tell = quietly,
 ) -> list[dict[str, Any]]:
     """Put all bars on the broker, then let one replica after another work through them.
@@ -61,7 +62,10 @@ def run(
                     mine = with_sections(
                         settings.model_copy(update={"runtime": runtime}),
                         kafka={"delivery": delivery},
-                        inference={"group": f"{runtime}-{delivery}"},
+                        inference={
+                            "group": f"{runtime}-{delivery}",
+                            "attention_every": attention_every,
+                        },
                     )
                     lay_snapshots(mine, state)
                     rows.append(_row(mine, bundle, symbols, symbols * bars_per_symbol))
@@ -93,6 +97,7 @@ def _row(settings: Settings, bundle: Bundle, symbols: int, expected: int) -> dic
         "runtime": settings.runtime,
         "symbols": symbols,
         "window": bundle.config.window,
+        "attention_every": settings.inference.attention_every,
         "batch_p50": last.batch_p50,
         "cpu_seconds_per_million": round(1e6 * (last.cpu_s - first.cpu_s) / n, 1),
         "measured_predictions": round(n),

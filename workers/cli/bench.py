@@ -1,15 +1,11 @@
 """The group `bench`: each command measures on this machine."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from workers.cli.shared import BARS_HELP, Delivery, JsonOption, console, show, told
-
-if TYPE_CHECKING:
-    pass
-
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,16 +28,21 @@ def bench_inference(
     ),
     runtime: Annotated[str, typer.Option(help="Some of them, with commas, or all.")] = "auto",
     window: Annotated[str, typer.Option(help="Bars that attention sees; several: 30,78.")] = "30",
+    attention_every: Annotated[
+        int, typer.Option(min=0, help="A summary for every n-th bar of a symbol; 0: none.")
+    ] = 1,
     json: JsonOption = False,
 ) -> None:
     """Predictions per second: one process, one replica, real Kafka, the default network."""
     from workers.bench.inference import DELIVERIES, every_runtime, run
 
+    if unknown := set(delivery.split(",")) - {*DELIVERIES, "all"}:
+        raise typer.BadParameter(f"no delivery mode is called {', '.join(sorted(unknown))}")
     deliveries = [each for each in DELIVERIES if delivery == "all" or each in delivery.split(",")]
     runtimes = every_runtime() if runtime == "all" else runtime.split(",")
     windows = [int(each) for each in window.split(",")]
     with told() as tell:
-        rows = run(symbols, bars_per_symbol, deliveries, runtimes, windows, tell)
+        rows = run(symbols, bars_per_symbol, deliveries, runtimes, windows, attention_every, tell)
     show(rows[0] if len(rows) == 1 else {"rows": rows}, json)
 
 
