@@ -34,7 +34,7 @@ SLOTS: tuple[Slot, ...] = ("champion", *CHALLENGERS, *ARM_SLOTS)
 BUCKETS = 10_000
 """Into so many equal parts an A/B test divides all symbols."""
 Trigger = Literal["alarm", "schedule", "command"]
-Policy = Literal["bias", "fine_tune", "full"]
+Policy = Literal["bias", "weights", "fine_tune", "full"]
 RunStatus = Literal["requested", "running", "succeeded", "failed", "skipped"]
 
 Symbol = Annotated[str, Field(min_length=1, max_length=64)]

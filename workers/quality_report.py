@@ -16,6 +16,7 @@ from schemas.messages import (
     ARM_OF,
     ARM_SLOT_OF,
     ARM_SLOTS,
+    CHALLENGERS,
     AttentionSummary,
     Degradation,
     InputDrift,
@@ -148,8 +149,9 @@ def marks(found: Evidence, first_ts: int, last_ts: int) -> list[report.Mark]:
     made = [report.Mark(alarm.ts, "alarm", report.VERMILLION) for alarm in found.alarms]
     champion: Lifecycle | None = None
     for record in found.records:
-        if record.slot == "challenger" and record.bundle is not None:
-            made.append(report.Mark(record.effective_ts, "challenger", report.BLUE))
+        if record.slot in CHALLENGERS and record.bundle is not None:
+            name = "weights" if record.slot == "weights" else "challenger"
+            made.append(report.Mark(record.effective_ts, name, report.BLUE))
         if record.slot == "champion":
             if champion is not None:
                 back = record.bundle == champion.parent
