@@ -21,7 +21,7 @@ from models.input_drift import InputReference
 from models.scoring import loss
 from models.targets import Target, labels
 from schemas.codecs import BarColumns, encode_bars, encode_predictions
-from schemas.messages import Degradation, Lifecycle, Outcome, Role
+from schemas.messages import Degradation, Lifecycle, Outcome, Role, Slot
 from schemas.topics import BARS, DEAD_LETTER, DEGRADATION, LIFECYCLE, OUTCOMES, PREDICTIONS
 from tests.workers.builders import MINUTE_MS, SPEC, make_bars, make_bundle, rows_of
 from workers import lifecycle
@@ -151,9 +151,9 @@ def put_champion(settings: Settings, bundle: Bundle) -> None:
     lifecycle.promote(settings, bundle.version, "first", "test", at_once=True)
 
 
-def put_challenger(settings: Settings, bundle: Bundle) -> None:
+def put_challenger(settings: Settings, bundle: Bundle, slot: Slot = "challenger") -> None:
     uri = store_bundle(settings, bundle)
-    record = lifecycle.fill("challenger", bundle, uri, effective_ts=0, reason="test", actor="test")
+    record = lifecycle.fill(slot, bundle, uri, effective_ts=0, reason="test", actor="test")
     lifecycle.publish(settings, [record])
 
 
@@ -280,12 +280,13 @@ def test_the_bars_of_late_come_back_with_the_snapshot(judged: Settings) -> None:
     assert held[0] == held[1]
 
 
+@pytest.mark.parametrize("slot", ["challenger", "weights"])
 def test_a_better_challenger_is_promoted_and_comes_back_down_when_it_fails(
-    judged: Settings,
+    judged: Settings, slot: Slot
 ) -> None:
     old, new = make_judged_bundle(1), make_judged_bundle(2)
     put_champion(judged, old)
-    put_challenger(judged, new)
+    put_challenger(judged, new, slot)
     n = 700
     bars = make_bars(["A", "B"], n)
     good = truth(bars) + np.random.default_rng(0).normal(0, 0.2, len(bars))
@@ -302,7 +303,7 @@ def test_a_better_challenger_is_promoted_and_comes_back_down_when_it_fails(
         )
         assert float(promoted.evidence["e_better"]) >= 1 / judged.monitor.alpha
         assert promoted.effective_ts > bars.ts.max()
-        until(lambda: lifecycle.current(judged)["challenger"].bundle is None)
+        until(lambda: lifecycle.current(judged)[slot].bundle is None)
         later = make_bars(["A", "B"], 150, seed=5, start_ts=promoted.effective_ts)
         send_predictions(judged, later, new, "champion", truth(later) - 2.5)
         send_bars(judged, later)
@@ -318,19 +319,20 @@ def test_a_better_challenger_is_promoted_and_comes_back_down_when_it_fails(
     assert audit.verify() == []
 
 
-def test_a_worse_challenger_is_refused(judged: Settings) -> None:
+@pytest.mark.parametrize("slot", ["challenger", "weights"])
+def test_a_worse_challenger_is_refused(judged: Settings, slot: Slot) -> None:
     old, new = make_judged_bundle(1), make_judged_bundle(2)
     put_champion(judged, old)
-    put_challenger(judged, new)
+    put_challenger(judged, new, slot)
     bars = make_bars(["A", "B"], 400)
     good = truth(bars) + np.random.default_rng(0).normal(0, 0.2, len(bars))
     send_predictions(judged, bars, old, "champion", good)
     send_predictions(judged, bars, new, "challenger", good + 1.0)
     send_bars(judged, bars)
     with monitoring(judged) as until:
-        until(lambda: lifecycle.current(judged)["challenger"].bundle is None)
+        until(lambda: lifecycle.current(judged)[slot].bundle is None)
     assert lifecycle.current(judged)["champion"].bundle == old.version
-    assert "no better" in lifecycle.current(judged)["challenger"].reason
+    assert "no better" in lifecycle.current(judged)[slot].reason
 
 
 def test_only_watched_symbols_decide(judged: Settings) -> None:
