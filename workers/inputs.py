@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle, BundleRejected
 from models.dataset import OHLCV, histories, load_bars
-from models.features import FEATURE_NAMES, WARM_UP_BARS
+from models.features import CLOCK_NAMES, FEATURE_NAMES, WARM_UP_BARS
 from models.input_drift import measure, worst
 from models.replay import inputs_of
 from schemas.codecs import BarColumns
@@ -32,6 +32,8 @@ LEAST_ROWS: Final = 100
 """Warm bars of all symbols below which nothing is said."""
 NAMED: Final = 5
 """Features, the worst."""
+TOLD: Final = [i for i, name in enumerate(FEATURE_NAMES) if name not in CLOCK_NAMES]
+"""A session of clock readings is always far from a year of them, and that says nothing."""
 
 Row = tuple[float, ...]
 """ts, open, high, low, close, volume"""
@@ -131,12 +133,13 @@ def drift_of(bundle: Bundle, recent: Mapping[str, Sequence[Row]]) -> InputDrift 
     except (ArithmeticError, BundleRejected, ValueError) as error:
         event(log, "inputs_not_measured", bundle=bundle.version, reason=error)
         return None
+    names = [FEATURE_NAMES[i] for i in TOLD]
     return InputDrift(
         ts=max(int(h.ts[-1]) for h in past),
         symbols=[h.symbol for h in past],
         rows=len(inputs.x),
-        psi=worst(found.psi, FEATURE_NAMES, NAMED),
-        ks=worst(found.ks, FEATURE_NAMES, NAMED),
+        psi=worst(found.psi[TOLD], names, NAMED),
+        ks=worst(found.ks[TOLD], names, NAMED),
         embedding=found.embedding,
     )
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from models.bundle import Bundle
 from models.dataset import histories, load_bars
-from models.features import FEATURE_NAMES, WARM_UP_BARS
+from models.features import CLOCK_NAMES, FEATURE_NAMES, WARM_UP_BARS
+from models.input_drift import InputReference
 from models.replay import with_inputs
 from schemas.codecs import BarColumns
 from tests.workers.builders import MINUTE_MS, make_bars, make_bundle, rows_of
@@ -82,6 +83,9 @@ def made_of(bars: BarColumns) -> Bundle:
     return with_inputs(bundle, past)
 
 
+BARS = make_bars(["S0", "S1", "S2", "S3"], 1_100, seed=1)
+
+
 @pytest.fixture(scope="module")
 def calm() -> Bundle:
     return made_of(make_bars(["S0", "S1", "S2", "S3"], 1_100))
@@ -93,22 +97,31 @@ def wilder(bars: BarColumns, power: float) -> BarColumns:
 
 
 def test_wilder_bars_are_further_and_the_worst_features_are_named_first(calm: Bundle) -> None:
-    bars = make_bars(["S0", "S1", "S2", "S3"], 1_100, seed=1)
-    near = measured(calm, remembering(bars).get())
-    far = measured(calm, remembering(wilder(bars, 4)).get())
+    near = measured(calm, remembering(BARS).get())
+    far = measured(calm, remembering(wilder(BARS, 4)).get())
     assert near is not None
     assert far is not None
     assert (near.rows, near.ts) == (4 * MEASURED_BARS, 1_099 * MINUTE_MS)
     assert near.symbols == ["S0", "S1", "S2", "S3"]
     for worst, least in ((far.psi, 3.0), (far.ks, 0.8)):
-        assert set(worst) < set(FEATURE_NAMES)
+        assert set(worst) < set(FEATURE_NAMES) - set(CLOCK_NAMES)
         assert list(worst.values()) == sorted(worst.values(), reverse=True)
         assert min(worst.values()) > least
     assert next(iter(near.psi.values())) < next(iter(far.psi.values()))
     assert near.embedding is not None
     assert far.embedding is not None
     assert near.embedding < far.embedding
-    assert measured(calm, remembering(bars).get()) == near, "it is the same each time"
+    assert measured(calm, remembering(BARS).get()) == near, "it is the same each time"
+
+
+def test_what_the_clock_alone_moves_is_never_named(calm: Bundle) -> None:
+    assert set(CLOCK_NAMES) < set(FEATURE_NAMES)
+    assert calm.inputs is not None
+    moved = dict(vars(calm.inputs))
+    moved["edges"] = moved["edges"].copy()
+    moved["edges"][[FEATURE_NAMES.index(name) for name in CLOCK_NAMES]] -= 9
+    found = measured(replace(calm, inputs=InputReference(**moved)), remembering(BARS).get())
+    assert found == measured(calm, remembering(BARS).get())
 
 
 def test_nothing_is_said_where_nothing_can_be(calm: Bundle) -> None:
