@@ -2,7 +2,8 @@
 
 They say where to look, and nothing about losses: a calm week is always far from two years, and a
 forecaster may be right on inputs that it has never seen. So nothing here has a threshold or a false-
-alarm rate, and nothing is raised by it. Rows of neighbouring bars are alike: there are no p-values.
+alarm rate, and nothing is raised by it; tests/benchmarks/quality-loop.md has what is usual. Rows of
+neighbouring bars are alike: there are no p-values.
 
 Shapes: n rows, F features, Q quantiles, H hidden size.
 """

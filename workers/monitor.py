@@ -620,6 +620,7 @@ class Monitor:
         """State as of the committed offsets: the judge's comes with them, the join's is replayed."""
         started = self._clock()
         self._said.clear()
+        self._measuring.clear()  # an alarm whose transaction was aborted was never raised
         offsets = {topic: committed(self._consumer, topic, partitions) for topic in TOPICS}
         states = [
             _unpacked(metadata)
