@@ -62,19 +62,22 @@ def with_inputs(bundle: Bundle, past: Sequence[History]) -> Bundle:
     return replace(bundle, inputs=InputReference.fit(*inputs_of(bundle, past)))
 
 
-def inputs_of(bundle: Bundle, past: Sequence[History], newest: int | None = None) -> Inputs:
+def inputs_of(
+    bundle: Bundle, past: Sequence[History], newest: int | None = None, states: int = MOST_STATES
+) -> Inputs:
     """Features and hidden states of warm bars, of the `newest` of each symbol or of all.
 
-    Evenly chosen where there are more than `MOST_ROWS` and `MOST_STATES`.
+    Evenly chosen where there are more than `MOST_ROWS` of them and so many `states`.
     """
     parts = [h.x[rows] for h, rows in _chosen(past, WARM_UP_BARS, newest, MOST_ROWS)]
     return Inputs(
-        np.concatenate([np.zeros((0, F), np.float32), *parts]), _hidden(bundle, past, newest)
+        np.concatenate([np.zeros((0, F), np.float32), *parts]),
+        _hidden(bundle, past, newest, states),
     )
 
 
 def _hidden(
-    bundle: Bundle, past: Sequence[History], newest: int | None
+    bundle: Bundle, past: Sequence[History], newest: int | None, most: int
 ) -> NDArray[np.float32] | None:
     network, L = bundle.config.network, max(bundle.config.warm_up_bars, 1)
     if isinstance(network, EnsembleConfig):
@@ -83,14 +86,14 @@ def _hidden(
         return None
     places = [
         (h, row)
-        for h, rows in _chosen(past, WARM_UP_BARS + L - 1, newest, MOST_STATES)
+        for h, rows in _chosen(past, WARM_UP_BARS + L - 1, newest, most)
         for row in rows.tolist()
     ]
     if len(places) < 2:
         return None
     runtime = open_runtime(bundle, device="cpu")
     runtime.grow(min(STATES_AT_ONCE, len(places)))
-    states = []
+    states: list[NDArray[np.float32]] = []
     for at in range(0, len(places), STATES_AT_ONCE):
         x = np.stack([h.x[row - L + 1 : row + 1] for h, row in places[at : at + STATES_AT_ONCE]])
         slots = np.arange(len(x))

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from models.bundle import Bundle, BundleRejected
 from models.dataset import OHLCV, histories, load_bars
@@ -26,6 +27,8 @@ SYMBOLS_EACH: Final = 4
 """Of each partition: features are alike enough from symbol to symbol, and time is short."""
 MEASURED_BARS: Final = 390
 """Of each symbol, the newest: a session of minutes."""
+MEASURED_STATES: Final = 500
+"""Hidden states of all symbols: a second or two of one core with the default network."""
 KEPT_BARS: Final = 1_200
 """Of each symbol: those, what warms up the features, and as much again for the network."""
 LEAST_ROWS: Final = 100
@@ -126,7 +129,8 @@ def drift_of(bundle: Bundle, recent: Mapping[str, Sequence[Row]]) -> InputDrift 
         return None
     try:
         past = histories(load_bars(_frame(recent)), config.features, config.targets)
-        inputs = inputs_of(bundle, past, MEASURED_BARS)
+        with threadpool_limits(1, user_api="blas"):  # the other cores are the monitor's
+            inputs = inputs_of(bundle, past, MEASURED_BARS, MEASURED_STATES)
         if len(inputs.x) < LEAST_ROWS:
             return None
         found = measure(bundle.inputs, *inputs)
