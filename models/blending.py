@@ -18,6 +18,9 @@ Weighting = Literal["equal", "shrunk", "stacked", "bayesian"]
 MEMBERS: Final = ("sequence", "trees", "linear")
 SHRINKAGE: Final = 0.5
 """Of `shrunk` and `stacked` towards equal weights, which are hard to beat (Stock & Watson 2004)."""
+MIN_PERIODS: Final = 30
+"""Matured periods (of one horizon each) below which a retrain leaves the weights as they are."""
+SHRINKING: Final[tuple[Weighting, ...]] = ("shrunk", "stacked")
 
 Weight = Annotated[float, Field(ge=0, le=1)]
 

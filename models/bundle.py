@@ -6,6 +6,7 @@ On disk it is a directory named by its version, of JSON and safetensors only:
     model.safetensors   weights
     scaler.json         fitted on training rows only
     golden.safetensors  inputs and what the bundle says to them
+    inputs.safetensors  what its inputs looked like; absent in older ones, which report no input drift
     metrics.json        how it scored when it was trained
     model_card.md       the same for people
     MANIFEST.json       sha256 of each of the above, and where it comes from
@@ -39,6 +40,7 @@ from models.baselines import Reference
 from models.blending import EnsembleConfig
 from models.drift import Calibration
 from models.features import FEATURE_NAMES, FeatureSpec
+from models.input_drift import InputReference
 from models.network_config import NetworkConfig
 from models.scaling import Scaler
 from models.tabular import TabularConfig
@@ -50,6 +52,7 @@ CONFIG, WEIGHTS, SCALER, GOLDEN = (
     "scaler.json",
     "golden.safetensors",
 )
+INPUTS = "inputs.safetensors"
 METRICS, CARD, MANIFEST = "metrics.json", "model_card.md", "MANIFEST.json"
 MIB = 1 << 20
 MAX_BYTES = {
@@ -58,6 +61,7 @@ MAX_BYTES = {
     WEIGHTS: 512 * MIB,
     SCALER: 4 * MIB,
     GOLDEN: 64 * MIB,
+    INPUTS: 128 * MIB,
     METRICS: 4 * MIB,
     CARD: MIB,
 }
@@ -174,6 +178,7 @@ class Bundle:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     golden: Arrays = field(default_factory=dict)
     """`x` f32[n, L, F] unscaled, `values` f64[n, L, K] and `weights` f32[n, L, T] from zero state."""
+    inputs: InputReference | None = None
 
     @cached_property
     def version(self) -> str:
@@ -219,7 +224,7 @@ class Bundle:
             GOLDEN: _tensors(self.golden),
             METRICS: _json(self.metrics),
             CARD: _model_card(self).encode(),
-        }
+        } | ({} if self.inputs is None else {INPUTS: _tensors(self.inputs.arrays())})
 
     @cached_property
     def _manifest(self) -> bytes:
@@ -269,7 +274,8 @@ def load(path: Path, expected: str | None = None) -> Bundle:
     with _parsing(path, MANIFEST):
         manifest = _Manifest.model_validate_json(raw)
     contents = {}
-    for name in sorted(set(MAX_BYTES) - {MANIFEST}):
+    absent = {INPUTS} - set(manifest.files)
+    for name in sorted(set(MAX_BYTES) - {MANIFEST} - absent):
         contents[name] = _read(path, name)
         if manifest.files.get(name) != _sha256(contents[name]):
             raise BundleRejected(f"{path}: {name} is not the file that the manifest names")
@@ -292,7 +298,11 @@ def load(path: Path, expected: str | None = None) -> Bundle:
         raise BundleRejected(f"{path}: {SCALER} is for another number of features")
     with _parsing(path, METRICS):
         metrics = dict(json.loads(contents[METRICS]))
-    bundle = Bundle(config, weights, scaler, manifest.provenance, metrics, golden)
+    inputs = None
+    if not absent:
+        with _parsing(path, INPUTS):
+            inputs = InputReference.from_arrays(_floats(contents[INPUTS]), len(FEATURE_NAMES))
+    bundle = Bundle(config, weights, scaler, manifest.provenance, metrics, golden, inputs)
     # The bytes that were read stay the bundle's, so that its version outlives a field added later.
     vars(bundle).update(_files=contents, _manifest=raw)
     return bundle

@@ -2,7 +2,7 @@
 
 Weights come from forecasts out of the members' samples whose labels have matured: when it is made,
 by walking forward within the training part; when it is fine-tuned, on the bars that came since. Then
-the network learns on; trees and line stay. Needs the extra `ensemble`.
+the network learns on; trees and line stay. `reweigh` renews the weights alone. Needs the extra `ensemble`.
 
 Shapes: n bars of all symbols, M members, K targets, F features.
 """
@@ -18,13 +18,20 @@ import xgboost
 from numpy.typing import NDArray
 
 from models import pipeline
-from models.blending import MEMBERS, EnsembleConfig, Weighting, weigh
+from models.blending import (
+    MEMBERS,
+    MIN_PERIODS,
+    SHRINKING,
+    EnsembleConfig,
+    Weighting,
+    weigh,
+)
 from models.bundle import Bundle
 from models.dataset import History, histories, load_bars
-from models.evidence import bar_times, variance_bias
+from models.evidence import bar_times, golden_inputs, provenance_of, variance_bias
 from models.features import FeatureSpec
 from models.pipeline import FitOptions, Fitting
-from models.runtimes import sequence_member
+from models.runtimes import sequence_member, with_golden
 from models.runtimes.ensemble import others
 from models.scaling import Scaler
 from models.scoring import Floats, loss
@@ -33,8 +40,6 @@ from models.targets import Target
 
 FOLDS: Final = 2
 """Out-of-fold forecasts are made of the second half of the training part, in so many steps."""
-MIN_PERIODS: Final = 30
-"""Matured periods (of one horizon each) below which a retrain leaves the weights as they are."""
 MAX_TREE_ROWS: Final = 1_000_000
 ROUNDS: Final = 600
 PATIENCE_ROUNDS: Final = 30
@@ -101,15 +106,7 @@ def fine_tune(parent: Bundle, bars: pd.DataFrame, how: Fitting) -> Bundle:
     config, ensemble = parent.config, _config(parent)
     past = histories(load_bars(bars), config.features, config.targets, how.advance)
     times = bar_times(past)
-    unseen = Span(parent.provenance.to_ts + 1, int(times.max()) + 1)
-    said = _said(parent, past, unseen, how.device) + np.array(config.variance_bias)
-    labels = np.concatenate([h.y for h in past])
-    renewed, evidence = _shares(config.targets, ensemble.weighting, said, labels, times)
-    shares = np.where(
-        [[_periods(said[:, :, k], times, t) >= MIN_PERIODS] for k, t in enumerate(config.targets)],
-        renewed,
-        np.array(ensemble.weights),
-    )
+    shares, evidence = _renewed(parent, past, ensemble.weighting, how.device)
     network = pipeline.fine_tune(
         sequence_member(parent),
         bars,
@@ -128,6 +125,45 @@ def fine_tune(parent: Bundle, bars: pd.DataFrame, how: Fitting) -> Bundle:
     recent = time_split(times, (1 - newest, newest, 0.0)).validation
     child = _leveled(_weighed(child, shares), past, recent, how.device)
     return pipeline.with_evidence(child, past, recent, how.device)
+
+
+def reweigh(parent: Bundle, bars: pd.DataFrame, device: str = "auto") -> Bundle:
+    """A child with the parent's members and level, weighed by what they showed on bars it was not made of.
+
+    By the parent's own way to weigh where that shrinks towards equal, else by `shrunk`. A target
+    without `MIN_PERIODS` matured periods keeps its weights; raises ValueError where none has them.
+    """
+    config, ensemble = parent.config, _config(parent)
+    past = histories(load_bars(bars), config.features, config.targets)
+    way = ensemble.weighting if ensemble.weighting in SHRINKING else "shrunk"
+    shares, evidence = _renewed(parent, past, way, device)
+    if np.array_equal(shares, ensemble.weights):
+        raise ValueError(f"no target has {MIN_PERIODS} matured periods since its weights were made")
+    child = replace(
+        parent,
+        provenance=provenance_of(past, parent.provenance.seed, parent.version),
+        metrics=evidence,
+        golden={},
+    )
+    times = bar_times(past)
+    everything = Span(int(times.min()), int(times.max()) + 1)
+    return with_golden(_weighed(child, shares, way), golden_inputs(past, everything))
+
+
+def gain(bundle: Bundle, past: Sequence[History], span: Span, target: Target) -> float:
+    """What `shrunk` weights would have won over the present ones in the span, at best: they saw it.
+
+    Mean loss of the target; 0 where fewer than `MIN_PERIODS` of its periods have matured.
+    """
+    config, k = bundle.config, bundle.config.targets.index(target)
+    said = _said(bundle, past, span, "cpu") + np.array(config.variance_bias)
+    labels, present = np.concatenate([h.y for h in past]), np.array(_config(bundle).weights)
+    shares, _ = renewed(config.targets, "shrunk", present, said, labels, bar_times(past))
+    known = np.isfinite(said[:, :, k]).all(axis=1) & np.isfinite(labels[:, k])
+    before, after = (
+        loss(target, said[known, :, k] @ row[k], labels[known, k]) for row in (present, shares)
+    )
+    return float(np.mean(before - after)) if known.any() else 0.0
 
 
 def forecast(bundle: Bundle, past: Sequence[History], span: Span, device: str) -> list[Floats]:
@@ -254,6 +290,36 @@ def _said(bundle: Bundle, past: Sequence[History], span: Span, device: str) -> F
 # ---- weights and levels ----
 
 
+def renewed(
+    targets: Sequence[Target],
+    weighting: Weighting,
+    present: Floats,
+    said: Floats,
+    labels: Floats,
+    ts: NDArray[np.int64],
+) -> tuple[Floats, dict[str, float]]:
+    """Shares f64[K, M] by what the members said f64[n, M, K], and the losses that go with them.
+
+    Labels f64[n, K] are NaN where they are not known: such rows count for nothing. A target keeps
+    its `present` shares where the others do not hold `MIN_PERIODS` of it.
+    """
+    said = np.where(np.isfinite(labels)[:, None, :], said, np.nan)
+    shares, evidence = _shares(targets, weighting, said, labels, ts)
+    enough = [[_periods(said[:, :, k], ts, t) >= MIN_PERIODS] for k, t in enumerate(targets)]
+    return np.where(enough, shares, present), evidence
+
+
+def _renewed(
+    parent: Bundle, past: Sequence[History], weighting: Weighting, device: str
+) -> tuple[Floats, dict[str, float]]:
+    """By the bars that the parent was not made of."""
+    config, times = parent.config, bar_times(past)
+    unseen = Span(parent.provenance.to_ts + 1, int(times.max()) + 1)
+    said = _said(parent, past, unseen, device) + np.array(config.variance_bias)
+    labels, present = np.concatenate([h.y for h in past]), np.array(_config(parent).weights)
+    return renewed(config.targets, weighting, present, said, labels, times)
+
+
 def _shares(
     targets: Sequence[Target],
     weighting: Weighting,
@@ -299,9 +365,11 @@ def _levels(bundle: Bundle, past: Sequence[History], span: Span, device: str) ->
     )
 
 
-def _weighed(bundle: Bundle, shares: Floats) -> Bundle:
+def _weighed(bundle: Bundle, shares: Floats, weighting: Weighting | None = None) -> Bundle:
     rows = tuple(tuple(float(s) for s in row / row.sum()) for row in shares)
-    network = EnsembleConfig.model_validate({**_config(bundle).model_dump(), "weights": rows})
+    config = _config(bundle)
+    how = {"weights": rows, "weighting": weighting or config.weighting}
+    network = EnsembleConfig.model_validate({**config.model_dump(), **how})
     return replace(bundle, config=bundle.config.model_copy(update={"network": network}))
 
 

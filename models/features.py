@@ -43,6 +43,7 @@ from models.slots import Slots, bars_in_order
 
 __all__ = [
     "AHEAD",
+    "CLOCK_NAMES",
     "DAY_MS",
     "DUPLICATE",
     "FEATURES",
@@ -281,6 +282,11 @@ FEATURES: Final = _features()
 weighted mean with half-life h bars, absent bars as zeros, unbiased from the first bar on."""
 FEATURE_NAMES: Final = tuple(feature.name for feature in FEATURES)
 F: Final = len(FEATURES)
+CLOCK_NAMES: Final = (
+    *("day_sin_1", "day_cos_1", "day_sin_2", "day_cos_2", "week_sin", "week_cos"),
+    *("bars_since_open", "closed_time"),
+)
+"""Features that the clock alone moves."""
 
 
 class Features(Slots):

@@ -45,6 +45,7 @@ from models.losses import LossConfig, Objective
 from models.network import Network
 from models.network_config import NetworkConfig, burn_in_steps, warm_up_bars
 from models.panel import infer_spec
+from models.replay import with_inputs
 from models.runtimes import with_golden
 from models.runtimes.torch import load_network, weights_of
 from models.scaling import Kind, Scaler
@@ -250,7 +251,9 @@ def with_evidence(
     device: str,
     calibrated_by: Recipe | None = None,
 ) -> Bundle:
-    """With losses and golden outputs from the span; and, where a recipe is given, alarms."""
+    """With losses and golden outputs from the span, with inputs from all bars; and, where a recipe
+    is given, alarms.
+    """
     targets = bundle.config.targets
     scored = score(bundle, past, forecast(bundle, past, span, device))
     if recipe := calibrated_by:
@@ -259,7 +262,7 @@ def with_evidence(
         config = bundle.config.model_copy(update={"calibrations": alarms})
         bundle = replace(bundle, config=config)
     bundle = replace(bundle, metrics={**bundle.metrics, **metrics_of(targets, scored)})
-    return with_golden(bundle, golden_inputs(past, span))
+    return with_inputs(with_golden(bundle, golden_inputs(past, span)), past)
 
 
 def search(

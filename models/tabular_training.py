@@ -29,6 +29,7 @@ from models.evidence import (
 )
 from models.features import WARM_UP_BARS, F, FeatureSpec
 from models.panel import infer_spec
+from models.replay import with_inputs
 from models.runtimes import with_golden
 from models.scaling import Kind, Scaler
 from models.scoring import Floats
@@ -117,7 +118,7 @@ def fit_tabular(
     calibrations = calibrations_of(past, targets, scored, recipe.arl0_bars, recipe.seed)
     config = bundle.config.model_copy(update={"calibrations": calibrations})
     bundle = replace(bundle, config=config, metrics=metrics_of(targets, scored))
-    return with_golden(bundle, golden_inputs(past, fold.validation))
+    return with_inputs(with_golden(bundle, golden_inputs(past, fold.validation)), past)
 
 
 def tune_tabular(parent: Bundle, bars: pd.DataFrame, recipe: TabularRecipe | None = None) -> Bundle:
@@ -155,7 +156,7 @@ def tune_tabular(parent: Bundle, bars: pd.DataFrame, recipe: TabularRecipe | Non
     child = _levelled(child, past, recent)
     scored = score(child, past, forecast(child, past, recent))
     child = replace(child, metrics=metrics_of(config.targets, scored))
-    return with_golden(child, golden_inputs(past, recent))
+    return with_inputs(with_golden(child, golden_inputs(past, recent)), past)
 
 
 def forecast(bundle: Bundle, past: Sequence[History], span: Span) -> list[Floats]:

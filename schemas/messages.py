@@ -34,7 +34,7 @@ SLOTS: tuple[Slot, ...] = ("champion", *CHALLENGERS, *ARM_SLOTS)
 BUCKETS = 10_000
 """Into so many equal parts an A/B test divides all symbols."""
 Trigger = Literal["alarm", "schedule", "command"]
-Policy = Literal["bias", "fine_tune", "full"]
+Policy = Literal["bias", "weights", "fine_tune", "full"]
 RunStatus = Literal["requested", "running", "succeeded", "failed", "skipped"]
 
 Symbol = Annotated[str, Field(min_length=1, max_length=64)]
@@ -135,8 +135,32 @@ class Outcome(Message):
     reference_loss: Finite
 
 
+class InputDrift(BaseModel):
+    """How far the newest inputs of a few symbols are from those that a bundle was made of.
+
+    It says where to look; nothing is ever raised by it (`models.input_drift`).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    ts: EventTime
+    """The newest bar that was measured."""
+    symbols: list[Symbol]
+    rows: int
+    """Bars of all symbols."""
+    psi: dict[str, Finite]
+    """Population stability index of the worst features, the worst first."""
+    ks: dict[str, Finite]
+    """Statistic of Kolmogorov and Smirnov of the worst features, the worst first."""
+    embedding: Finite | None = None
+    """Distance of the hidden states in units of their spread; None where there are none."""
+
+
 class Degradation(Message):
-    """The champion is worse than its frozen reference, by a statistic with a declared false-alarm rate."""
+    """The champion is worse than its frozen reference, by a statistic with a declared false-alarm rate.
+
+    One that was measured comes a second time, the same but for its `inputs`: an `id` is one alarm.
+    """
 
     id: str
     bundle: str
@@ -158,6 +182,8 @@ class Degradation(Message):
     action: Literal["retrain", "roll_back"] = "retrain"
     picture: str | None = None
     """Where a PNG of the statistic is (or soon will be)."""
+    inputs: InputDrift | None = None
+    """Measured when it was raised, not why."""
     issued_at: EventTime
 
 

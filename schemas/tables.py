@@ -18,7 +18,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
-REVISION = "0002"
+REVISION = "0003"
 REVISION_TABLE = "registry_revision"
 """Alembic's, under a name of ours: the database may be shared with other programs."""
 
@@ -117,6 +117,8 @@ class DegradationRow(Base, kw_only=True):
     symbols: Mapped[list[str]] = mapped_column(JSON)
     excess_loss: Mapped[float]
     issued_at: Mapped[int]
+    inputs: Mapped[dict[str, Any] | None] = mapped_column(default=None)
+    """`schemas.messages.InputDrift`; None where it was not measured."""
 
 
 class AuditRow(Base, kw_only=True):

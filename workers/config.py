@@ -99,8 +99,9 @@ class TrainerSettings(Section):
     """Of training, all runs together; a person's word is not held to it."""
     retrain_every_days: Annotated[float, Field(ge=0)] = 0.0
     """Event-time days after the newest bar that the champion or a run has seen; 0 is never."""
-    policy: Literal["auto", "bias", "fine_tune", "full"] = "auto"
-    """What a retrain does; auto chooses by what the excess loss is made of (`models.remedy`)."""
+    policy: Literal["auto", "bias", "weights", "fine_tune", "full"] = "auto"
+    """What a retrain does; auto chooses by what the excess loss is made of (`models.remedy`). A
+    champion that is no ensemble has no weights: it is fine-tuned."""
     fine_tune_epochs: Positive = 3
     full_epochs: Positive = 12
     history_bars: Positive = 20_000

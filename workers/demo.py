@@ -252,6 +252,8 @@ class Director:
 
     def _on_degradation(self, value: bytes) -> None:
         event = Degradation.model_validate_json(value)
+        if event.inputs is not None:
+            return  # said before, without them
         self.degradations.append(event)
         if self._alarm_at is None and not self._has_challenger:
             self._alarm_at = time.monotonic()

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from models.bundle import Bundle, BundleRejected
 from schemas.codecs import decode_bars, encode
-from schemas.messages import CHALLENGERS, Challenger, Lifecycle, Share, Slot
+from schemas.messages import CHALLENGERS, Challenger, Lifecycle, Policy, Share, Slot
 from schemas.tables import BundleRow
 from schemas.topics import BARS, LIFECYCLE
 from workers.bundles import bundle_uri, open_bundle, read_bundle
@@ -258,9 +258,16 @@ def challengers(slots: Mapping[Slot, Lifecycle]) -> dict[Challenger, Lifecycle]:
     return {slot: record for slot, record in filled.items() if record.bundle is not None}
 
 
-def free_slot(slots: Mapping[Slot, Lifecycle], settings: Settings) -> Challenger | None:
-    """Where a new challenger goes; None while so many as may are being compared."""
+def free_slot(
+    slots: Mapping[Slot, Lifecycle], settings: Settings, policy: Policy | None = None
+) -> Challenger | None:
+    """Where a new challenger goes; None while so many as may are being compared.
+
+    The champion weighed anew has a slot of its own, and no other goes there.
+    """
     filled = challengers(slots)
+    if policy == "weights":
+        return None if "weights" in filled else "weights"
     open_to_all = CHALLENGERS[: settings.monitor.max_challengers]
     return next((slot for slot in open_to_all if slot not in filled), None)
 

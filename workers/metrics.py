@@ -154,6 +154,22 @@ class Metrics:
         )
         # Each one asks the trainer for a retrain. More often than 1/ARL0: the champion is stale.
         self.degradations = counter("degradations", "Degradation events published", target=())
+        # Rises: what the network is shown looks less like what it was made of (the log names the
+        # features). Nothing is wrong unless losses rise too; where they do, it says where to look.
+        self.input_psi = gauge(
+            "input_psi", "Population stability index of the feature that moved most", "bundle"
+        )
+        # Rises: as input_psi, but a mere shift counts in full and rare extremes hardly; 1 at most.
+        self.input_ks = gauge(
+            "input_ks", "Kolmogorov-Smirnov statistic of the feature that moved most", "bundle"
+        )
+        # Rises: the network's hidden states are elsewhere than in training, whichever feature did it.
+        # At 1 they have moved as far as they were spread.
+        self.input_embedding_distance = gauge(
+            "input_embedding_distance",
+            "Frechet distance of the hidden states, in units of their spread in training",
+            "bundle",
+        )
         # Rises towards 1: the challenger is about to be promoted.
         self.challenger_evidence = gauge(
             "challenger_evidence",

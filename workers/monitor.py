@@ -1,5 +1,8 @@
 """The monitor: predictions and bars in; outcomes, alarms and verdicts on challengers out.
 
+Beside an alarm, and once a day, it measures in another thread how far the inputs have drifted; an
+alarm that is said with that is said a second time, and no alarm comes of it.
+
 One process judges for all: its statistics pool the partitions that it has. A second replica would
 judge its own share of the symbols, and publish its own verdicts.
 """
@@ -10,6 +13,7 @@ import logging
 import time
 import zlib
 from base64 import b85decode, b85encode
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -27,7 +31,15 @@ from models.drift import Calibration
 from models.scoring import loss
 from models.targets import Target
 from schemas.codecs import decode_bars, decode_predictions, encode, encode_outcomes
-from schemas.messages import ARM_SLOT_OF, ARM_SLOTS, Degradation, Lifecycle, Performance, Slot
+from schemas.messages import (
+    ARM_SLOT_OF,
+    ARM_SLOTS,
+    Degradation,
+    InputDrift,
+    Lifecycle,
+    Performance,
+    Slot,
+)
 from schemas.tables import DegradationRow, WindowRow
 from schemas.topics import BARS, DEGRADATION, LIFECYCLE, OUTCOMES, PERFORMANCE, PREDICTIONS
 from workers import lifecycle
@@ -36,6 +48,7 @@ from workers.bundles import bundle_uri, open_bundle, read_bundle
 from workers.config import Settings
 from workers.errors import TransactionAborted
 from workers.idleness import Idleness
+from workers.inputs import RecentBars, drift_of
 from workers.joining import Join, Outcomes
 from workers.kafka import (
     DeadLetters,
@@ -61,6 +74,7 @@ log = logging.getLogger(__name__)
 
 TOPICS = (PREDICTIONS, BARS)
 ACTOR = "monitor"
+DAY_MS = 24 * 3_600_000
 LOOKED_AT_EVERY_S = 1.0
 """How often lag and stalled partitions are brought to /metrics and /healthz."""
 
@@ -109,6 +123,10 @@ class Monitor:
         self._windows = Windows()
         self._idleness = Idleness(settings.monitor.idle_s)
         self._newest_ts = 0
+        self._recent = RecentBars(settings.monitor.watch)
+        self._measuring: deque[tuple[str, Degradation | None, Future[InputDrift | None]]] = deque()
+        """Bundle, and the alarm that it is for."""
+        self._measured_day = -1
         self._look_at = 0.0
         self._said: list[Degradation] = []
         self._settled = True
@@ -150,8 +168,11 @@ class Monitor:
         self._settled = False
         for outcomes in self._joined(messages):
             self._take(outcomes)
-        if self._judge_what_is_complete() or self._moved:
+        if not self._is_replaying:
+            self._take_measured()
+        if self._judge_what_is_complete() or self._moved or self._said:
             self._commit()
+        self._measure_if_due()
         if messages:
             self._metrics.cycle_seconds.observe(self._clock() - started)
             self._show()
@@ -230,6 +251,7 @@ class Monitor:
         """Bars that cannot be read are left to inference, which sets them aside."""
         bars, places, _ = decode_bars([m.value() for m in messages])
         self._newest_ts = max(self._newest_ts, int(bars.ts.max(initial=0)))
+        self._recent.update(bars, partitions[places])
         return self._join.take_bars(bars, partitions[places], live[places])
 
     def _take(self, outcomes: Outcomes) -> None:
@@ -313,8 +335,8 @@ class Monitor:
 
     def _judge_what_is_complete(self) -> bool:
         """Whether there was a verdict; without a message there is one when a partition becomes idle."""
-        if not all(p.position >= p.committed for p in self._progress.values()):
-            return False  # a replay must not settle what other partitions have yet to bring back
+        if self._is_replaying:
+            return False  # it must not settle what other partitions have yet to bring back
         whole = {p for p in self._partitions if self._is_at_end((PREDICTIONS, p))}
         verdicts = list(self._judge.verdicts(self._idle(), whole))
         for verdict in verdicts:
@@ -323,6 +345,10 @@ class Monitor:
             else:
                 self._decide(verdict)
         return bool(verdicts)
+
+    @property
+    def _is_replaying(self) -> bool:
+        return any(p.position < p.committed for p in self._progress.values())
 
     def _idle(self) -> Collection[int]:
         at_end = [p for p in self._partitions if all(self._is_at_end((t, p)) for t in TOPICS)]
@@ -355,8 +381,8 @@ class Monitor:
             issued_at=wall_ms(),
         )
         self._aside.submit(store_picture, self._settings, degradation, self._judge.trace)
-        self._publisher.produce(DEGRADATION, alarm.bundle.encode(), encode(degradation))
-        self._said.append(degradation)
+        self._say(degradation)
+        self._measure(alarm.bundle, degradation)
         self._metrics.degradations.labels(target).inc()
         event(log, "degradation", **degradation.model_dump(exclude={"schema_version"}))
         if alarm.roll_back_to is not None and (parent := self._bundle(alarm.roll_back_to)):
@@ -373,6 +399,10 @@ class Monitor:
                 )
             )
             self._metrics.decisions.labels("rolled_back").inc()
+
+    def _say(self, degradation: Degradation) -> None:
+        self._publisher.produce(DEGRADATION, degradation.bundle.encode(), encode(degradation))
+        self._said.append(degradation)
 
     def _decide(self, decision: Decision) -> None:
         slot, settings = decision.slot, self._settings.monitor
@@ -443,6 +473,37 @@ class Monitor:
 
     def _soon(self) -> int:
         return self._newest_ts + self._settings.trainer.lead_bars * self._interval_ms
+
+    # ---- inputs ----
+
+    def _measure_if_due(self) -> None:
+        """Once a day of bar time, of the champion; in a hurry, as often as it can be."""
+        day = self._newest_ts // DAY_MS
+        if day <= self._measured_day or self._measuring or not self._recent.is_enough:
+            return
+        champion = self._records.get("champion")
+        if champion is not None and champion.bundle is not None:
+            self._measured_day = day
+            self._measure(champion.bundle)
+
+    def _measure(self, version: str, alarm: Degradation | None = None) -> None:
+        """Aside; what comes of it is looked at in a later cycle."""
+        if (bundle := self._bundle(version)) is not None:
+            drift = self._aside.submit(drift_of, bundle, self._recent.get())
+            self._measuring.append((version, alarm, drift))
+
+    def _take_measured(self) -> None:
+        while self._measuring and self._measuring[0][2].done():
+            version, alarm, measured = self._measuring.popleft()
+            if (drift := measured.result()) is None:
+                continue
+            self._metrics.input_psi.labels(version).set(next(iter(drift.psi.values())))
+            self._metrics.input_ks.labels(version).set(next(iter(drift.ks.values())))
+            if drift.embedding is not None:
+                self._metrics.input_embedding_distance.labels(version).set(drift.embedding)
+            event(log, "input_drift", bundle=version, **drift.model_dump())
+            if alarm is not None:
+                self._say(alarm.model_copy(update={"inputs": drift}))
 
     # ---- lifecycle ----
 
@@ -548,6 +609,7 @@ class Monitor:
         self._metrics.rebalances.labels("assigned").inc()
         for partition in set(self._partitions) - set(partitions):
             self._join.drop(partition)
+            self._recent.drop(partition)
         self._progress = {}
         self._restore(partitions, rewind=False)
         return {place: progress.position for place, progress in self._progress.items()}
@@ -559,6 +621,7 @@ class Monitor:
         """State as of the committed offsets: the judge's comes with them, the join's is replayed."""
         started = self._clock()
         self._said.clear()
+        self._measuring.clear()  # an alarm whose transaction was aborted was never raised
         offsets = {topic: committed(self._consumer, topic, partitions) for topic in TOPICS}
         states = [
             _unpacked(metadata)
@@ -594,9 +657,13 @@ class Monitor:
                 partial(self._join.slot_of, partition),
                 self._join.holder_of,
             )
+            recent = {n.removeprefix("recent/"): a for n, a in snapshot.arrays.items()}
+            if "recent" in snapshot.meta:  # older versions kept none
+                self._recent.load(partition, recent, snapshot.meta["recent"])
             positions = snapshot.offsets
         else:
             self._join.drop(partition)
+            self._recent.drop(partition)
             positions = dict.fromkeys(TOPICS, 0)
         for topic in TOPICS:
             self._progress[topic, partition] = _Progress(positions[topic], offsets[topic])
@@ -620,12 +687,15 @@ class Monitor:
         if all(progress.position >= progress.committed for progress in here.values()):
             arrays, meta = self._join.export(partition)
             judged, terms = self._judge.export(partition)
+            recent, symbols = self._recent.export(partition)
             self._writing = self._aside.submit(
                 self._snapshots.save,
                 partition,
                 {topic: progress.position for topic, progress in here.items()},
-                arrays | {f"judge/{name}": array for name, array in judged.items()},
-                meta | {"judge": terms},
+                arrays
+                | {f"judge/{name}": array for name, array in judged.items()}
+                | {f"recent/{name}": array for name, array in recent.items()},
+                meta | {"judge": terms, "recent": symbols},
             )
 
     # ---- numbers ----

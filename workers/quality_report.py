@@ -16,8 +16,10 @@ from schemas.messages import (
     ARM_OF,
     ARM_SLOT_OF,
     ARM_SLOTS,
+    CHALLENGERS,
     AttentionSummary,
     Degradation,
+    InputDrift,
     Lifecycle,
     Outcome,
     Slot,
@@ -36,6 +38,7 @@ NORMAL = 1.96
 """Standard deviations to each side that hold `LEVEL`."""
 LEAST_BATCHES, MOST_BATCHES = 8, 30
 LAGS_SHOWN = 60
+INPUTS_SHOWN = 3
 OF_CHAMPION = ("champion", "control")
 
 
@@ -90,10 +93,7 @@ def gather(settings: Settings, per_partition: int) -> Evidence:
         registry.close()
     return Evidence(
         outcomes=_outcomes(settings, target, per_partition),
-        alarms=[
-            Degradation.model_validate_json(m.value() or b"")
-            for m in read_topic(settings, DEGRADATION)
-        ],
+        alarms=_alarms(settings),
         records=records,
         runs=[
             TrainingRun.model_validate_json(m.value() or b"")
@@ -124,6 +124,7 @@ def sections(found: Evidence) -> list[report.Section]:
     return [
         report.Section("What happened", _told(found), _timeline(found)),
         report.Section("Do the alarms mean what they say?", *_calibration(found)),
+        *_inputs(found),
         report.Section("Champions against challengers", *_comparisons(found)),
         *_arms(found),
         *(_card(version, bundle, found) for version, bundle in found.bundles.items()),
@@ -148,8 +149,9 @@ def marks(found: Evidence, first_ts: int, last_ts: int) -> list[report.Mark]:
     made = [report.Mark(alarm.ts, "alarm", report.VERMILLION) for alarm in found.alarms]
     champion: Lifecycle | None = None
     for record in found.records:
-        if record.slot == "challenger" and record.bundle is not None:
-            made.append(report.Mark(record.effective_ts, "challenger", report.BLUE))
+        if record.slot in CHALLENGERS and record.bundle is not None:
+            name = "weights" if record.slot == "weights" else "challenger"
+            made.append(report.Mark(record.effective_ts, name, report.BLUE))
         if record.slot == "champion":
             if champion is not None:
                 back = record.bundle == champion.parent
@@ -241,6 +243,36 @@ def _calibration(found: Evidence) -> tuple[list[str], list[report.Picture]]:
             figure,
         )
     ]
+
+
+# ---- inputs beside the alarms ----
+
+
+def _inputs(found: Evidence) -> list[report.Section]:
+    measured = [(alarm, alarm.inputs) for alarm in found.alarms if alarm.inputs is not None]
+    if not measured:
+        return []
+    said = [
+        f"{_when(alarm.ts)} · {alarm.bundle}, alarm {alarm.id}: PSI {_named(drift.psi)}; "
+        f"KS {_named(drift.ks)}{_moved(drift)}. Over {drift.rows:,} bars of "
+        f"{len(drift.symbols)} symbol(s) up to {_when(drift.ts)}."
+        for alarm, drift in measured
+    ]
+    said.append(
+        "Where the newest inputs differ most from those that the bundle was made of. A calm or a wild "
+        "day is always far from years: no alarm is ever raised by this, it says where to look."
+    )
+    return [report.Section("What the inputs looked like at the alarms", said)]
+
+
+def _named(worst: Mapping[str, float]) -> str:
+    return ", ".join(f"{value:.2f} ({name})" for name, value in list(worst.items())[:INPUTS_SHOWN])
+
+
+def _moved(drift: InputDrift) -> str:
+    if drift.embedding is None:
+        return ""
+    return f"; hidden states {drift.embedding:.2f} of their spread away"
 
 
 # ---- champion against challenger ----
@@ -422,6 +454,14 @@ def _attention_picture(version: str, found: Evidence) -> list[report.Picture]:
 
 
 # ---- reading ----
+
+
+def _alarms(settings: Settings) -> list[Degradation]:
+    """One of each id, as it was said last."""
+    said = (
+        Degradation.model_validate_json(m.value() or b"") for m in read_topic(settings, DEGRADATION)
+    )
+    return list({alarm.id: alarm for alarm in said}.values())
 
 
 def _outcomes(settings: Settings, target: str, per_partition: int) -> pd.DataFrame:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from pydantic import BaseModel
 
+from models.blending import EnsembleConfig
 from models.bundle import Bundle, BundleRejected
 from models.dataset import OHLCV, BarsRejected
 from schemas.codecs import decode_bars
@@ -94,7 +95,7 @@ class Choice(BaseModel):
 
 
 def retrain(job: Job, tell: Tell = lambda progress: None) -> Result:
-    """Answer the run with a child of its champion, and put that into the challenger's slot."""
+    """Answer the run with a child of its champion, and put that into a challenger's slot."""
     settings, run = job.settings, job.run
     started = time.monotonic()
     folder = Path(settings.trainer.runs) / run.id
@@ -149,20 +150,30 @@ def _choose(job: Job, parent: Bundle, bars: pd.DataFrame) -> Choice:
 
     target = _decisive(parent, job.settings)
     found = recent_excess(parent, bars, target, job.run.since_ts)
-    wanted = job.settings.trainer.policy
-    policy = job.run.policy or (
-        choose(found, job.tried, job.run.new_bars) if wanted == "auto" else wanted
-    )
+    tried = list(job.tried)
+    if lifecycle.free_slot(lifecycle.current(job.settings), job.settings, "weights") is None:
+        tried.append("weights")  # they are being tried
+    policy = asked_for(job.run, parent, job.settings) or choose(found, tried, job.run.new_bars)
     if policy == "bias" and target.kind == "direction":
         policy = "fine_tune"
     evidence: dict[str, float | int | str] = {
         "excess_loss": found.total,
         "level_share": found.level_share,
+        "weights_share": found.weights_share,
         "shift": found.shift,
         "rows": found.rows,
         "tried": ", ".join(sorted(job.tried)),
     }
     return Choice(policy=policy, evidence=evidence, shift=found.shift)
+
+
+def asked_for(run: TrainingRun, parent: Bundle, settings: Settings) -> Policy | None:
+    """The remedy that the run or the configuration names; None leaves the choice to the losses."""
+    configured = settings.trainer.policy
+    named = run.policy or (None if configured == "auto" else configured)
+    if named == "weights" and not isinstance(parent.config.network, EnsembleConfig):
+        return "fine_tune"
+    return named
 
 
 def _decisive(bundle: Bundle, settings: Settings) -> "Target":
@@ -200,7 +211,8 @@ def _made(
     torch.set_num_threads(settings.trainer.torch_threads)
     epochs = epochs_of(policy, settings.trainer)
     bars, recipe = lesson(policy, parent, bars, job.run.since_ts, epochs)
-    watcher = _Watcher(tell, choice, 0 if policy == "bias" else recipe.training.epochs)
+    epochs = 0 if policy in ("bias", "weights") else recipe.training.epochs
+    watcher = _Watcher(tell, choice, epochs)
     watcher.say(0)
     child = apply(
         policy,
@@ -287,7 +299,9 @@ def _publish(settings: Settings, child: Bundle, run: TrainingRun, choice: Choice
     if any(_comes_from(value, run) for value in newest_values(settings, LIFECYCLE, 10_000)):
         return  # an earlier attempt came as far as here
     interval_ms = child.config.features.interval_ms
-    while (slot := lifecycle.free_slot(lifecycle.current(settings), settings)) is None:
+    while (
+        slot := lifecycle.free_slot(lifecycle.current(settings), settings, choice.policy)
+    ) is None:
         time.sleep(WAITING_S)
     record = lifecycle.fill(
         slot,

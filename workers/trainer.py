@@ -26,7 +26,7 @@ from faust.types import StreamT
 from pydantic import ValidationError
 
 from schemas.codecs import encode
-from schemas.messages import Degradation, Lifecycle, Policy, TrainingRun
+from schemas.messages import Degradation, Policy, TrainingRun
 from schemas.tables import RunRow
 from schemas.topics import DEGRADATION, TRAINING
 from workers import lifecycle
@@ -35,7 +35,7 @@ from workers.config import Settings, TrainerSettings
 from workers.errors import BundleUnavailable
 from workers.kafka import check_topics, make_publisher, read_topic
 from workers.logs import event
-from workers.retraining import ACTOR, Job, Progress, Result, Said
+from workers.retraining import ACTOR, Job, Progress, Result, Said, asked_for
 from workers.service import Service
 from workers.store import Outbox, Registry, wall_ms
 
@@ -341,19 +341,16 @@ class Trainer:
         if champion is None or champion.bundle != asked.parent:
             return f"{asked.parent} is no longer the champion"
         others = {name: run for name, run in self._runs.items() if name != asked.id}
+        bundle = read_bundle(self._settings, asked.parent, champion.uri)
+        policy = asked_for(asked, bundle, self._settings)
         return reason_against(
             asked,
             self._settings.trainer,
-            interval_ms=self._interval_ms(champion),
-            is_full=lifecycle.free_slot(slots, self._settings) is None,
+            interval_ms=bundle.config.features.interval_ms,
+            is_full=lifecycle.free_slot(slots, self._settings, policy) is None,
             others=others,
             now_ms=wall_ms(),
         )
-
-    def _interval_ms(self, champion: Lifecycle) -> int:
-        assert champion.bundle is not None
-        bundle = read_bundle(self._settings, champion.bundle, champion.uri)
-        return bundle.config.features.interval_ms
 
     async def _in_child(self, job: Job, tell: Tell) -> Result:
         child = await asyncio.create_subprocess_exec(

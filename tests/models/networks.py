@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from models.baselines import Reference
 from models.bundle import Arrays, Bundle, BundleConfig, LabelScaling, ModelConfig, Provenance
 from models.features import F, FeatureSpec
+from models.input_drift import InputReference
 from models.network import CausalNetwork, Network
 from models.network_config import Mode, NetworkConfig
 from models.runtimes import with_golden
@@ -124,5 +125,6 @@ def _bundle_of(
         scaler=Scaler.fit(x.reshape(-1, F)),
         provenance=Provenance(seed=seed, from_ts=0, to_ts=86_400_000, bars=27, symbols=3),
         metrics={"qlike": 0.25, "by_month": {"2020-01": 0.3}},
+        inputs=InputReference.fit(x.reshape(-1, F), x[:, 0, :4]),
     )
     return with_golden(bundle, x)

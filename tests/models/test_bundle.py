@@ -21,6 +21,7 @@ from models.bundle import (
     CARD,
     CONFIG,
     GOLDEN,
+    INPUTS,
     MANIFEST,
     MAX_BYTES,
     METRICS,
@@ -69,6 +70,10 @@ def test_what_is_loaded_is_what_was_saved(bundle: Bundle, saved: Path) -> None:
         assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
     x = np.random.default_rng(0).normal(size=(5, len(bundle.config.feature_names)))
     assert np.array_equal(back.scaler.transform(x), bundle.scaler.transform(x))
+    assert bundle.inputs is not None
+    assert back.inputs is not None
+    for name, array in bundle.inputs.arrays().items():
+        assert np.array_equal(back.inputs.arrays()[name], array)
     open_runtime(back)
 
 
@@ -91,6 +96,16 @@ def test_any_change_of_content_changes_the_version(bundle: Bundle) -> None:
 def test_a_bundle_has_the_files_it_should_and_no_others(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == FILES
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_bundle_that_does_not_know_its_inputs_is_served_all_the_same(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    older = save(replace(bundle, inputs=None), tmp_path)
+    assert sorted(p.name for p in older.iterdir()) == [name for name in FILES if name != INPUTS]
+    back = load(older)
+    assert back.inputs is None
+    open_runtime(back)
 
 
 def test_saving_twice_is_saving_once(bundle: Bundle, saved: Path) -> None:
@@ -227,7 +242,7 @@ def test_a_pickle_is_never_run(saved: Path, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
             return os.mkdir, (str(trap),)
 
-    for name in (WEIGHTS, GOLDEN, SCALER, CONFIG):
+    for name in (WEIGHTS, GOLDEN, INPUTS, SCALER, CONFIG):
         saved = resealed(saved, name, pickle.dumps(Trap()))
         with pytest.raises(BundleRejected):
             load(saved)
@@ -235,7 +250,7 @@ def test_a_pickle_is_never_run(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", [WEIGHTS, GOLDEN])
+@pytest.mark.parametrize("name", [WEIGHTS, GOLDEN, INPUTS])
 def test_numbers_that_are_not_finite_are_refused(saved: Path, name: str, bad: float) -> None:
     arrays = {k: a.copy() for k, a in tensors_from_bytes((saved / name).read_bytes()).items()}
     arrays[sorted(arrays)[0]].flat[0] = bad

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -11,20 +12,31 @@ import torch
 from numpy.typing import NDArray
 
 from models import ensemble
-from models.blending import MEMBERS, EnsembleConfig, of_member
+from models.blending import (
+    MEMBERS,
+    SHRINKAGE,
+    SHRINKING,
+    EnsembleConfig,
+    Weighting,
+    of_member,
+)
 from models.bundle import Bundle, BundleRejected, load, save
 from models.dataset import histories, load_bars
 from models.features import F, FeatureSpec
 from models.pipeline import FINE_TUNING, Recipe, fine_tune, forecast
+from models.remedy import WEIGHTS_SHARE, choose, recent_excess
 from models.replay import replay
 from models.runtimes import open_runtime, sequence_member
 from models.runtimes.ensemble import others
+from models.scoring import Floats
 from models.simulation import Scenario, Simulator
 from models.splits import Span
 from models.targets import Target
 from models.training import TrainingConfig
 from workers.engine import Engine
 from workers.offline import engine_for, predict
+
+Ints = NDArray[np.int64]
 
 MINUTE_MS = 60_000
 START_TS = 1_500_000_000_000
@@ -180,6 +192,102 @@ def test_a_child_has_a_new_network_the_old_trees_and_weights_by_what_the_parent_
 def test_weights_stay_where_no_bar_is_out_of_the_sample(blended: Bundle) -> None:
     child = fine_tune(blended, make_bars(1_500), recipe=FINE_TUNING, device="cpu")
     np.testing.assert_allclose(config_of(child).weights, config_of(blended).weights)
+
+
+# ---- other weights ----
+
+N = 2_000
+
+
+def make_said(errors: tuple[float, ...] = (1.0, 0.2, 0.2)) -> tuple[Floats, Floats, Ints]:
+    """Three members that miss a volatility's labels by so much: said f64[n, M, 1], labels, ts."""
+    rng = np.random.default_rng(0)
+    labels = rng.normal(-14, 1, (N, 1))
+    said = labels[:, None, :] + rng.normal(size=(N, 3, 1)) * np.array(errors)[:, None]
+    return said, labels, MINUTE_MS * np.arange(N)
+
+
+EQUAL = np.full((1, 3), 1 / 3)
+
+
+@pytest.mark.parametrize("way", SHRINKING)
+@pytest.mark.parametrize("worst", [0, 1, 2])
+def test_weights_move_from_the_worst_member_and_at_most_half_of_the_way(
+    way: Weighting, worst: int
+) -> None:
+    errors = [0.2, 0.2, 0.2]
+    errors[worst] = 1.5
+    [shares], evidence = ensemble.renewed(TARGETS[:1], way, EQUAL, *make_said(tuple(errors)))
+    assert shares.sum() == pytest.approx(1)
+    assert np.argmin(shares) == worst
+    assert (1 - SHRINKAGE) / 3 <= shares[worst] < 0.25
+    name = f"volatility_10/out_of_sample/{way}"
+    assert evidence[name] < evidence["volatility_10/out_of_sample/equal"]
+
+
+def test_what_has_not_matured_moves_no_weight() -> None:
+    said, labels, ts = make_said()
+    labels[1_000:] = np.nan
+    want, told = ensemble.renewed(TARGETS[:1], "shrunk", EQUAL, said, labels, ts)
+    said[1_000:, 0], said[1_000:, 1] = 7.0, -90.0
+    found, again = ensemble.renewed(TARGETS[:1], "shrunk", EQUAL, said, labels, ts)
+    np.testing.assert_array_equal(found, want)
+    assert again == told
+    nothing = np.full_like(labels, np.nan)
+    found, told = ensemble.renewed(TARGETS[:1], "shrunk", EQUAL, said, nothing, ts)
+    np.testing.assert_array_equal(found, EQUAL)
+    assert told == {}
+
+
+@pytest.mark.parametrize(("n", "moves"), [(299, False), (300, True)])
+def test_weights_stay_until_enough_periods_have_matured(n: int, moves: bool) -> None:
+    said, labels, ts = make_said()
+    labels[n:] = np.nan
+    found, _ = ensemble.renewed(TARGETS[:1], "shrunk", EQUAL, said, labels, ts)
+    assert bool((found != EQUAL).any()) is moves
+
+
+def spoilt(bundle: Bundle, weighting: Weighting = "equal", factor: float = -1.0) -> Bundle:
+    """All members weigh the same, and the line has gone wrong: it says less where it said more."""
+    equal = {"weights": ((1 / 3,) * 3,) * len(TARGETS), "weighting": weighting}
+    config = bundle.config.model_copy(
+        update={"network": config_of(bundle).model_copy(update=equal)}
+    )
+    wrong = {"linear/weight": np.float32(factor) * bundle.weights["linear/weight"]}
+    return replace(bundle, config=config, weights={**bundle.weights, **wrong})
+
+
+@pytest.mark.parametrize("weighting", get_args(Weighting))
+def test_a_child_of_other_weights_has_the_same_members_and_leaves_the_wrong_one(
+    blended: Bundle, weighting: Weighting, tmp_path: Path
+) -> None:
+    parent = spoilt(blended, weighting)
+    child = ensemble.reweigh(parent, make_bars(1_500, start=2_600), device="cpu")
+    assert child.provenance.parent == parent.version
+    assert child.weights == parent.weights
+    assert child.config.variance_bias == parent.config.variance_bias
+    assert child.inputs is parent.inputs
+    assert config_of(child).weighting == (weighting if weighting in SHRINKING else "shrunk")
+    assert (1 - SHRINKAGE) / 3 <= config_of(child).weights[0][2] < 0.25
+    open_runtime(load(save(child, tmp_path)), device="cpu")
+
+
+def test_bars_that_made_the_parent_or_are_too_few_give_no_other_weights(blended: Bundle) -> None:
+    for bars in (make_bars(1_500), make_bars(450, start=2_600)):
+        with pytest.raises(ValueError, match="matured periods"):
+            ensemble.reweigh(blended, bars, device="cpu")
+
+
+def test_other_weights_are_the_remedy_where_one_member_has_gone_wrong(blended: Bundle) -> None:
+    bars, target = make_bars(1_500, start=2_600), TARGETS[0]
+    since_ts = START_TS + 3_100 * MINUTE_MS
+    found = recent_excess(spoilt(blended), bars, target, since_ts)
+    assert found.weights_share > WEIGHTS_SHARE
+    assert choose(found, set()) == "weights"
+    well = recent_excess(blended, bars, target, since_ts)
+    assert well.weights < 0.1 * found.weights
+    least = recent_excess(blended, bars, target, int(bars["ts"].max()))
+    assert least.weights == 0, "too few periods to go by"
 
 
 # ---- damage ----

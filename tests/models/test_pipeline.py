@@ -12,7 +12,9 @@ from models.baselines import HALF_LIVES_BARS
 from models.bundle import Bundle, load, save
 from models.dataset import histories, load_bars
 from models.features import FeatureSpec
+from models.input_drift import InputDrift, measure
 from models.pipeline import FINE_TUNING, Recipe, fine_tune, fit_bundle, forecast, score
+from models.replay import inputs_of
 from models.runtimes import open_runtime
 from models.simulation import Scenario, Simulator
 from models.splits import Span
@@ -69,6 +71,31 @@ def test_it_holds_all_that_serving_and_judging_need(fitted: Bundle) -> None:
         assert calibration.arl0_bars == 200
     assert 0 < fitted.metrics["volatility_10/loss"] < 2  # of bars on which nothing was fitted
     assert fitted.provenance.bars == 6_000
+    assert fitted.inputs is not None
+    assert fitted.inputs.hidden is not None
+    assert fitted.inputs.hidden.mean.shape == (8,)
+
+
+def test_it_knows_what_its_own_inputs_looked_like_and_finds_wilder_ones_far(
+    fitted: Bundle,
+) -> None:
+    def drift_of(bars: pd.DataFrame, newest: int | None = None) -> InputDrift:
+        past = histories(load_bars(bars), SPEC, TARGETS)
+        assert fitted.inputs is not None
+        return measure(fitted.inputs, *inputs_of(fitted, past, newest))
+
+    bars = make_bars(3_000)
+    own = drift_of(bars)
+    assert own.embedding is not None
+    assert max(own.psi.max(), own.ks.max()) < 1e-6
+    assert own.embedding < 0.02
+    wild = make_bars(3_000)
+    wild[["open", "high", "low", "close"]] **= 4  # every return is four times as large
+    recent, wilder = drift_of(bars, 390), drift_of(wild, 390)
+    assert wilder.psi.max() > max(recent.psi.max(), 3.0)
+    assert recent.embedding is not None
+    assert wilder.embedding is not None
+    assert wilder.embedding > recent.embedding
 
 
 def test_the_same_bars_and_seed_give_the_same_bundle(fitted: Bundle) -> None:
@@ -101,6 +128,8 @@ def test_a_window_network_is_trained_and_tuned_on_what_it_is_served(
     child = fine_tune(parent, make_bars(1_000, seed=3), device="cpu")
     [past] = histories(load_bars(make_bars(600, symbols=1, seed=5)), SPEC, TARGETS)
     for bundle in (parent, child):
+        assert bundle.inputs is not None
+        assert bundle.inputs.hidden is None
         [values] = forecast(bundle, [past], Span(0, 10**15))
         runtime = open_runtime(bundle, device="cpu")
         runtime.grow(1)
@@ -143,6 +172,9 @@ def test_a_child_moves_its_weights_and_keeps_what_is_frozen(fitted: Bundle) -> N
     frozen = ("references", "calibrations", "label_scaling", "warm_up_bars", "features", "network")
     for name in frozen:
         assert getattr(child.config, name) == getattr(fitted.config, name)
+    assert fitted.inputs is not None
+    assert child.inputs is not None
+    assert (child.inputs.edges != fitted.inputs.edges).any(), "it was made of other bars"
     open_runtime(child, device="cpu")
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from models.blending import MIN_PERIODS
 from models.features import WARM_UP_BARS
 from models.remedy import LEAST_BARS, OLDER_SHARE, Excess, best_shift, choose, excess, lesson
 from models.scoring import loss
@@ -82,6 +83,25 @@ def test_the_cheapest_remedy_that_can_help_has_enough_bars_and_was_not_tried_is_
     assert choose(Excess(total, level, 0.1, 100), tried, new_bars) == policy
 
 
+@pytest.mark.parametrize(
+    ("level", "weights", "tried", "policy"),
+    [
+        (0.9, 0.9, set(), "bias"),
+        (0.9, 0.9, {"bias"}, "weights"),
+        (0.9, 0.4, {"bias"}, "fine_tune"),
+        (0.5, 0.5, set(), "weights"),
+        (0.5, 0.5, {"weights"}, "fine_tune"),
+        (0.5, 0.4, set(), "fine_tune"),
+        (0.9, 0.9, {"bias", "weights", "fine_tune", "full"}, "full"),
+    ],
+)
+def test_other_weights_are_tried_where_they_take_away_half_of_the_excess(
+    level: float, weights: float, tried: set[Policy], policy: Policy
+) -> None:
+    assert choose(Excess(1.0, level, 0.1, 100, weights), tried) == policy
+    assert choose(Excess(-1.0, level, 0.1, 100, weights), set()) == "fine_tune"
+
+
 def make_bars(n: int) -> pd.DataFrame:
     one = pd.DataFrame({"ts": MINUTE_MS * np.arange(n)})
     return pd.concat([one.assign(symbol=name) for name in "AB"], ignore_index=True)
@@ -97,6 +117,16 @@ def test_a_fine_tune_learns_from_the_new_bars_and_not_many_times_as_many_old_one
         assert (own["ts"] < since_ts).sum() == warming + OLDER_SHARE * new
     assert recipe.training.epochs > 3
     assert round(recipe.validation * len(bars) / 2) == new, "what is new says when to stop"
+
+
+def test_weights_go_by_the_new_bars_alone() -> None:
+    bundle, new = make_bundle(targets=(VOLATILITY,)), (MIN_PERIODS + 1) * VOLATILITY.horizon
+    every = make_bars(5_000)
+    bars, _ = lesson("weights", bundle, every, (5_000 - new) * MINUTE_MS, epochs=3)
+    assert len(bars) == 2 * (WARM_UP_BARS + bundle.config.warm_up_bars + new)
+    for other in (new - 1, 4_900):
+        bars, _ = lesson("weights", bundle, every, (5_000 - other) * MINUTE_MS, epochs=3)
+        assert bars is every
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ def test_it_beats_its_reference_and_has_a_monitor(fitted: Bundle) -> None:
     assert line.metrics["volatility_5/loss"] < line.metrics["volatility_5/reference_loss"]
     assert all(calibration is not None for calibration in fitted.config.calibrations)
     assert fitted.config.warm_up_bars == 3
+    assert fitted.inputs is not None
+    assert fitted.inputs.hidden is None
 
 
 def test_the_same_bars_and_seed_give_the_same_bundle(fitted: Bundle) -> None:

@@ -154,6 +154,9 @@ def test_a_new_challenger_takes_a_free_slot_until_none_is() -> None:
         assert found == expected_slot
         if found is not None:
             held[found] = make_record(found, found)
+    assert free_slot(held, Settings(), "fine_tune") is None
+    assert free_slot(held, Settings(), "weights") == "weights"
+    assert free_slot({"weights": make_record("weights", "v9")}, Settings(), "weights") is None
 
 
 # ---- the judge ----

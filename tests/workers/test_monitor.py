@@ -16,10 +16,12 @@ from confluent_kafka.cimpl import NewPartitions
 from models.baselines import Reference, history
 from models.bundle import Bundle
 from models.drift import Calibration
+from models.features import F
+from models.input_drift import InputReference
 from models.scoring import loss
 from models.targets import Target, labels
 from schemas.codecs import BarColumns, encode_bars, encode_predictions
-from schemas.messages import Degradation, Lifecycle, Outcome, Role
+from schemas.messages import Degradation, Lifecycle, Outcome, Role, Slot
 from schemas.topics import BARS, DEAD_LETTER, DEGRADATION, LIFECYCLE, OUTCOMES, PREDICTIONS
 from tests.workers.builders import MINUTE_MS, SPEC, make_bars, make_bundle, rows_of
 from workers import lifecycle
@@ -149,9 +151,9 @@ def put_champion(settings: Settings, bundle: Bundle) -> None:
     lifecycle.promote(settings, bundle.version, "first", "test", at_once=True)
 
 
-def put_challenger(settings: Settings, bundle: Bundle) -> None:
+def put_challenger(settings: Settings, bundle: Bundle, slot: Slot = "challenger") -> None:
     uri = store_bundle(settings, bundle)
-    record = lifecycle.fill("challenger", bundle, uri, effective_ts=0, reason="test", actor="test")
+    record = lifecycle.fill(slot, bundle, uri, effective_ts=0, reason="test", actor="test")
     lifecycle.publish(settings, [record])
 
 
@@ -208,12 +210,83 @@ def test_a_champion_that_goes_wrong_raises_one_alarm_that_names_since_when(
     assert [row.id for row in registry.degradations()][-1:] == [alarm.id]
 
 
-def test_a_better_challenger_is_promoted_and_comes_back_down_when_it_fails(
+def make_bundle_of_other_inputs() -> Bundle:
+    """Whatever bars it is shown, its inputs were of another kind."""
+    rng = np.random.default_rng(0)
+    seen = InputReference.fit(rng.normal(50, 1, (500, F)), rng.normal(9, 0.1, (500, 8)))
+    return replace(make_judged_bundle(0), inputs=seen)
+
+
+def test_an_alarm_is_said_again_with_how_far_the_inputs_have_drifted(judged: Settings) -> None:
+    bundle = make_bundle_of_other_inputs()
+    put_champion(judged, bundle)
+    bars = make_bars(["A", "B"], 600)
+    values = truth(bars)
+    values[bars.ts >= 500 * MINUTE_MS] -= 1.5
+    send_predictions(judged, bars, bundle, "champion", values)
+    send_bars(judged, bars)
+    with monitoring(judged) as until:
+        until(lambda: any(alarm.inputs is not None for alarm in alarms_of(judged)))
+        until(lambda: len(outcomes_of(judged)) == 2 * scored(600))
+    first, again = (alarm for alarm in alarms_of(judged) if alarm.id == alarms_of(judged)[0].id)
+    assert first.inputs is None
+    assert first == again.model_copy(update={"inputs": None})
+    drift = again.inputs
+    assert drift is not None
+    assert drift.symbols == ["A", "B"]
+    assert drift.rows >= 200
+    assert len(drift.psi) == len(drift.ks) == 5
+    assert max(drift.psi.values()) == next(iter(drift.psi.values())) > 1
+    assert drift.embedding is not None
+    assert drift.embedding > 1
+    row = next(r for r in Registry(judged.database_url).degradations() if r.id == again.id)
+    assert row.inputs == drift.model_dump()
+
+
+def test_inputs_that_have_drifted_far_raise_nothing_while_losses_are_good(
     judged: Settings,
+) -> None:
+    bundle = make_bundle_of_other_inputs()
+    put_champion(judged, bundle)
+    bars = make_bars(["A", "B"], 600)
+    send_predictions(judged, bars, bundle, "champion", truth(bars))
+    send_bars(judged, bars)
+    service = Service("monitor", judged.http)
+    monitor = Monitor(judged, service)
+    assert monitor.wait_for_champion()
+    gauge = partial(service.metrics.registry.get_sample_value, labels={"bundle": bundle.version})
+    while gauge("gpt_trader_input_psi") is None:  # pytest's timeout ends it
+        monitor.cycle()
+    while len(outcomes_of(judged)) < 2 * scored(600):
+        monitor.cycle()
+    for name, least in (("psi", 1), ("ks", 0.9), ("embedding_distance", 1)):
+        assert (gauge(f"gpt_trader_input_{name}") or 0) > least
+    assert alarms_of(judged) == []
+    assert records_of(judged)[-1].actor == "test"
+    monitor.close()
+
+
+def test_the_bars_of_late_come_back_with_the_snapshot(judged: Settings) -> None:
+    put_champion(judged, make_judged_bundle(0))
+    send_bars(judged, make_bars(["A", "B", "C"], 500))
+    held = []
+    for _ in range(2):
+        monitor = Monitor(judged, Service("monitor", judged.http))
+        assert monitor.wait_for_champion()
+        while sum(map(len, monitor._recent.get().values())) != 1_500:
+            monitor.cycle()
+        held.append(monitor._recent.get())
+        monitor.close()
+    assert held[0] == held[1]
+
+
+@pytest.mark.parametrize("slot", ["challenger", "weights"])
+def test_a_better_challenger_is_promoted_and_comes_back_down_when_it_fails(
+    judged: Settings, slot: Slot
 ) -> None:
     old, new = make_judged_bundle(1), make_judged_bundle(2)
     put_champion(judged, old)
-    put_challenger(judged, new)
+    put_challenger(judged, new, slot)
     n = 700
     bars = make_bars(["A", "B"], n)
     good = truth(bars) + np.random.default_rng(0).normal(0, 0.2, len(bars))
@@ -230,7 +303,7 @@ def test_a_better_challenger_is_promoted_and_comes_back_down_when_it_fails(
         )
         assert float(promoted.evidence["e_better"]) >= 1 / judged.monitor.alpha
         assert promoted.effective_ts > bars.ts.max()
-        until(lambda: lifecycle.current(judged)["challenger"].bundle is None)
+        until(lambda: lifecycle.current(judged)[slot].bundle is None)
         later = make_bars(["A", "B"], 150, seed=5, start_ts=promoted.effective_ts)
         send_predictions(judged, later, new, "champion", truth(later) - 2.5)
         send_bars(judged, later)
@@ -246,19 +319,20 @@ def test_a_better_challenger_is_promoted_and_comes_back_down_when_it_fails(
     assert audit.verify() == []
 
 
-def test_a_worse_challenger_is_refused(judged: Settings) -> None:
+@pytest.mark.parametrize("slot", ["challenger", "weights"])
+def test_a_worse_challenger_is_refused(judged: Settings, slot: Slot) -> None:
     old, new = make_judged_bundle(1), make_judged_bundle(2)
     put_champion(judged, old)
-    put_challenger(judged, new)
+    put_challenger(judged, new, slot)
     bars = make_bars(["A", "B"], 400)
     good = truth(bars) + np.random.default_rng(0).normal(0, 0.2, len(bars))
     send_predictions(judged, bars, old, "champion", good)
     send_predictions(judged, bars, new, "challenger", good + 1.0)
     send_bars(judged, bars)
     with monitoring(judged) as until:
-        until(lambda: lifecycle.current(judged)["challenger"].bundle is None)
+        until(lambda: lifecycle.current(judged)[slot].bundle is None)
     assert lifecycle.current(judged)["champion"].bundle == old.version
-    assert "no better" in lifecycle.current(judged)["challenger"].reason
+    assert "no better" in lifecycle.current(judged)[slot].reason
 
 
 def test_only_watched_symbols_decide(judged: Settings) -> None:
@@ -307,12 +381,12 @@ def test_a_partition_that_does_not_move_is_named_and_its_lag_shown(judged: Setti
     send_bars(judged, bars)
     consumed = "gpt_trader_messages_consumed_total"
     cycle_until(lambda: gauge(consumed, {"topic": BARS}) == len(bars))
-    (frozen, *_) = (at for at in monitor._consumer.assignment() if at.topic == BARS)
+    frozen = [at.partition for at in monitor._consumer.assignment() if at.topic == BARS]
     monitor._consumer.pause(monitor._consumer.assignment())
     send_bars(judged, make_bars(bars.symbols[:5], 30, start_ts=30 * MINUTE_MS))
     cycle_until(lambda: service.health()[0] == 503)
     stalled = str(service.health()[1]["stalled_partitions"])
-    assert f"{BARS}[{frozen.partition}]" in stalled
+    assert any(f"{BARS}[{partition}]" in stalled for partition in frozen)
     assert PREDICTIONS not in stalled
     assert gauge("gpt_trader_lag_messages", {"topic": PREDICTIONS, "partition": "0"}) == 0
     monitor._consumer.resume(monitor._consumer.assignment())

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from models.bundle import Bundle
-from schemas.messages import Lifecycle
+from schemas.messages import InputDrift, Lifecycle
 from schemas.tables import AuditRow
 from tests.workers.builders import MINUTE_MS, make_bundle
 from tests.workers.test_monitor import CALM
@@ -156,12 +156,34 @@ def test_the_page_has_a_card_for_each_bundle_and_escapes_what_people_wrote(tmp_p
         assert f"<h2>Bundle {version}</h2>" in text
     assert "&lt;b&gt;anna&lt;/b&gt;" in text
     assert "by hand &amp; by heart" in text
+    assert "What the inputs looked like" not in text
     assert {path.stem for path in tmp_path.glob("*.png")} == {
         "losses",
         "calibration",
         "comparisons",
         f"attention-{OLD.version}",
     }
+
+
+@pytest.mark.parametrize("embedding", [None, 0.75])
+def test_what_the_inputs_looked_like_stands_beside_the_alarm(
+    tmp_path: Path, embedding: float | None
+) -> None:
+    drift = InputDrift(
+        ts=500 * MINUTE_MS,
+        symbols=["A", "B"],
+        rows=780,
+        psi={"volume": 2.25, "hour": 0.1},
+        ks={"range": 0.5},
+        embedding=embedding,
+    )
+    found = make_evidence()
+    measured = found.alarms[0].model_copy(update={"inputs": drift})
+    found = replace(found, alarms=[measured, *found.alarms[1:]])
+    text = report.write(tmp_path, "title", summary(found), sections(found)).read_text()
+    assert f"alarm {measured.id}: PSI 2.25 (volume), 0.10 (hour); KS 0.50 (range)" in text
+    assert ("hidden states 0.75 of their spread away" in text) is (embedding is not None)
+    assert "no alarm is ever raised by this" in text
 
 
 def test_a_system_in_which_nothing_has_happened_has_a_report_all_the_same(tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ def make_window(from_ts: int = 0, **changes: Any) -> WindowRow:
     return WindowRow(**fields | changes)
 
 
-def make_degradation(identity: str = "d1", ts: int = 1_517_800_000_000) -> DegradationRow:
+def make_degradation(
+    identity: str = "d1", ts: int = 1_517_800_000_000, inputs: dict[str, Any] | None = None
+) -> DegradationRow:
     return DegradationRow(
         id=identity,
         bundle="b1",
@@ -100,6 +102,7 @@ def make_degradation(identity: str = "d1", ts: int = 1_517_800_000_000) -> Degra
         symbols=["SPY", "ÅÄÖ"],
         excess_loss=0.4,
         issued_at=ts + 5,
+        inputs=inputs,
     )
 
 
@@ -204,6 +207,14 @@ def test_a_window_counted_again_replaces_itself(registry: Registry) -> None:
     registry.add_windows([make_window(0)])
     registry.add_windows([make_window(0, target="direction_30")])
     assert registry.windows("b1", "volatility_30") == [make_window(0), make_window(60_000)]
+
+
+def test_an_alarm_that_is_said_again_with_its_inputs_is_one(registry: Registry) -> None:
+    measured = make_degradation(inputs={"rows": 390, "psi": {"volume": 0.5}})
+    registry.add_degradation(make_degradation())
+    registry.add_degradation(measured)
+    assert registry.degradations() == [measured]
+    assert len(registry.history("alarm")) == 1
 
 
 def test_a_degradation_comes_back_and_is_kept_once(registry: Registry) -> None:
@@ -672,6 +683,35 @@ def test_a_database_of_the_first_schema_is_upgraded_and_keeps_its_rows(database_
         columns = {c["name"] for c in sa.inspect(connection).get_columns("training_runs")}
         assert "actor" not in columns
         assert connection.scalar(sa.text("SELECT count(*) FROM training_runs")) == 2
+    engine.dispose()
+
+
+def test_alarms_of_the_second_schema_are_kept_and_their_inputs_come_and_go(
+    database_url: str,
+) -> None:
+    config = alembic(database_url)
+    command.upgrade(config, "0002")
+    execute(
+        database_url,
+        "INSERT INTO degradations (id, bundle, target, detector, statistic, threshold, arl0,"
+        " since_ts, ts, symbols, excess_loss, issued_at)"
+        " VALUES ('d0', 'b1', 'volatility_30', 'cusum', 9, 8, 1000, 1, 2, '[]', 0.5, 3)",
+    )
+    registry = Registry(database_url)
+    with pytest.raises(SchemaMismatch, match="alembic"):
+        registry.create()
+    command.upgrade(config, "head")
+    registry.create()
+    registry.add_degradation(make_degradation(inputs={"psi": {"volume": 0.5}}))
+    found = {alarm.id: alarm.inputs for alarm in registry.degradations()}
+    assert found == {"d0": None, "d1": {"psi": {"volume": 0.5}}}
+    registry.close()
+    command.downgrade(config, "0002")
+    engine = open_engine(database_url)
+    with engine.connect() as connection:
+        columns = {c["name"] for c in sa.inspect(connection).get_columns("degradations")}
+        assert "inputs" not in columns
+        assert connection.scalar(sa.text("SELECT count(*) FROM degradations")) == 2
     engine.dispose()
 
 

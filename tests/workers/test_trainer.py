@@ -15,17 +15,22 @@ import pandas as pd
 import pytest
 
 from models.bundle import Bundle
+from models.dataset import OHLCV
 from models.pipeline import fine_tune
+from models.runtimes import with_golden
 from models.targets import Target
-from schemas.codecs import encode, encode_bars
-from schemas.messages import Degradation, Lifecycle, Policy, Slot, TrainingRun
+from schemas.codecs import BarColumns, encode, encode_bars
+from schemas.messages import Degradation, Lifecycle, Policy, Slot, TrainingRun, Trigger
 from schemas.topics import BARS, DEGRADATION
+from tests.models.test_ensemble import config_of, spoilt
+from tests.models.test_ensemble import fit as fit_ensemble
+from tests.models.test_ensemble import make_bars as simulated
 from tests.workers.builders import MINUTE_MS, make_bars, make_bundle
 from workers import lifecycle
 from workers.bundles import open_bundle, store_bundle
 from workers.config import Settings, TrainerSettings
 from workers.kafka import make_publisher
-from workers.retraining import Job, Progress, Result, recent_bars, retrain
+from workers.retraining import Job, Progress, Result, _choose, asked_for, recent_bars, retrain
 from workers.service import Service
 from workers.store import Registry
 from workers.trainer import Runner, Tell, Trainer, _serve, reason_against, request
@@ -218,6 +223,90 @@ def test_the_other_remedies_make_challengers_that_can_be_served(
     moved = any((child.weights[name] != parent.weights[name]).any() for name in parent.weights)
     assert moved == (policy == "full")
     assert child.config.variance_bias != parent.config.variance_bias
+
+
+@pytest.fixture(scope="module")
+def blended() -> Bundle:
+    """All of its members weigh the same, and one of them has gone wrong since."""
+    bundle = fit_ensemble(simulated(2_600))
+    return with_golden(spoilt(bundle), bundle.golden["x"])
+
+
+@pytest.fixture
+def weighed(fresh_topics: Settings, blended: Bundle) -> Settings:
+    """An ensemble is the champion, and bars that it was not made of are on the log."""
+    store_bundle(fresh_topics, blended)
+    lifecycle.promote(fresh_topics, blended.version, "first", "test", at_once=True)
+    later = simulated(1_300, start=2_600)
+    bars = BarColumns(
+        later["symbol"].tolist(), later["ts"].to_numpy(), later[OHLCV].to_numpy(np.float64)
+    )
+    with make_publisher(fresh_topics, "test") as publisher:
+        for symbol, value in zip(bars.symbols, encode_bars(bars), strict=True):
+            publisher.produce(BARS, symbol.encode(), value)
+    runs = fresh_topics.trainer.model_copy(update={"runs": f"{fresh_topics.store}-runs"})
+    url = f"sqlite:///{fresh_topics.store}.db"
+    return fresh_topics.model_copy(update={"trainer": runs, "database_url": url, "device": "cpu"})
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("trigger", ["alarm", "schedule", "command"])
+def test_an_ensemble_is_answered_with_new_weights_alone_in_a_slot_of_their_own(
+    weighed: Settings, blended: Bundle, trigger: Trigger
+) -> None:
+    newest_ts = lifecycle.newest_bar_ts(weighed)
+    since_ts = newest_ts - 700 * MINUTE_MS if trigger == "alarm" else newest_ts
+    policy: Policy | None = None if trigger == "alarm" else "weights"
+    asked: dict[str, Any] = {
+        "trigger": trigger,
+        "ts": newest_ts,
+        "since_ts": since_ts,
+        "symbols": [],
+    }
+    run = make_run(blended.version, policy=policy, **asked)
+    heard: list[Progress] = []
+    result = retrain(Job(settings=weighed, run=run, tried=["bias"]), heard.append)
+    assert result.error is None
+    assert [(said.policy, said.epochs) for said in heard] == [("weights", 0)]
+    slots = lifecycle.current(weighed)
+    assert set(slots) == {"champion", "weights"}
+    record = slots["weights"]
+    assert (record.bundle, record.parent) == (result.bundle, blended.version)
+    assert record.reason.startswith(f"weights after {trigger}")
+    child = open_bundle(weighed, str(result.bundle)).bundle
+    assert child.provenance.parent == blended.version
+    assert all((child.weights[name] == a).all() for name, a in blended.weights.items())
+    assert config_of(child).weights[0][2] < 0.25 < config_of(blended).weights[0][2]
+
+
+@pytest.mark.kafka
+def test_while_weights_are_being_compared_another_remedy_is_taken_or_none(
+    weighed: Settings, blended: Bundle
+) -> None:
+    lifecycle.publish(weighed, [make_record("weights", "v9")])
+    newest_ts = lifecycle.newest_bar_ts(weighed)
+    bars = recent_bars(weighed, [], 1_300)
+    run = make_run(blended.version, ts=newest_ts, since_ts=newest_ts - 700 * MINUTE_MS)
+    choice = _choose(Job(settings=weighed, run=run, tried=["bias"]), blended, bars)
+    assert float(choice.evidence["weights_share"]) > 0.5
+    assert choice.policy == "fine_tune"
+    runner, jobs = answering(Result(bundle="v2", bars=7))
+    alarm = make_degradation(blended.version, ts=newest_ts)
+    configured = weighed.trainer.model_copy(update={"policy": "weights"})
+    life(weighed.model_copy(update={"trainer": configured}), runner, alarm)
+    assert jobs == []
+    [skipped] = Registry(weighed.database_url).runs()
+    assert "still being compared" in str(skipped.error)
+
+
+@pytest.mark.parametrize(("policy", "found"), [("weights", "fine_tune"), ("bias", "bias")])
+def test_a_champion_that_is_no_ensemble_is_fine_tuned_where_weights_are_asked_for(
+    policy: Policy, found: Policy
+) -> None:
+    bundle, trainer = make_bundle(targets=(TARGET,)), TrainerSettings(policy=policy)
+    assert asked_for(make_run(policy=policy), bundle, Settings()) == found
+    assert asked_for(make_run(), bundle, Settings(trainer=trainer)) == found
+    assert asked_for(make_run(), bundle, Settings()) is None
 
 
 class Killed(BaseException):

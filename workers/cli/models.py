@@ -39,6 +39,7 @@ class TestedArm(StrEnum):
 
 class Remedy(StrEnum):
     bias = "bias"
+    weights = "weights"
     fine_tune = "fine_tune"
     full = "full"
 
