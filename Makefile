@@ -28,7 +28,7 @@ demo: setup ## Run the whole loop on real Kafka and real bars; the report is dem
 	@$(BIN)/gpt-trader-stream demo $(ARGS)
 
 test: setup ## Run all tests, those on real Kafka and PostgreSQL too (ARGS="-k name" for some)
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.installed ## Check format, lint rules and types
 	@$(BIN)/ruff format --check .
