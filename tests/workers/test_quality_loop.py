@@ -236,6 +236,13 @@ def test_the_loop_heals_itself_twice_refuses_the_bad_and_leaves_every_step_in_th
             lifecycle.promote(settings, bad.version, "by force", "anna")
             market.until("the bad champion", lambda: market.champion_is(bad.version))
             market.until("its rollback", lambda: market.champion_is(third))
+
+            def is_audited() -> bool:
+                slots = [r for r in registry.history() if r.slot in ("champion", "challenger")]
+                return len(slots) == len(list(read_topic(settings, LIFECYCLE)))
+
+            assert fleet.stop("trainer") == {"trainer": 0}  # nobody has anything more to say
+            market.until("the audit of every step", is_audited, feeding=False)
         finally:
             market.close()
         assert set(fleet.stop().values()) == {0}
@@ -275,7 +282,4 @@ def test_the_loop_heals_itself_twice_refuses_the_bad_and_leaves_every_step_in_th
     assert row_of(run) == resumed, "what the topic says is in the registry, outage or not"
     for version in (first.version, second, third, bad.version):
         assert registry.bundle(version) is not None, bundle_uri(settings, version)
-    on_topic = list(read_topic(settings, LIFECYCLE))
-    slots = [row for row in registry.history() if row.slot in ("champion", "challenger")]
-    assert len(slots) == len(on_topic)
     registry.close()
