@@ -1,8 +1,8 @@
 """The inference worker as its own process on a real Kafka: killed, disturbed, fed with rubbish."""
 
 import json
+import re
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tests.workers.streams import (
     assert_exactly_once,
     compared,
     send,
+    wait_until,
     wait_until_done,
 )
 from workers.bundles import store_bundle
@@ -54,6 +55,12 @@ def start(fleet: Fleet, replica: str) -> None:
     fleet.start(replica, "inference", "--replica", replica)
 
 
+def all_have_heard(fleet: Fleet, slot: str, effective_ts: int) -> bool:
+    """Whether both replicas have written the change into the schedules of their partitions."""
+    change = re.compile(rf"event=swap .*role={slot} .*effective_ts={effective_ts}\b")
+    return all(change.search(fleet.log_file(name).read_text()) for name in ("one", "two"))
+
+
 def test_kills_and_a_swap_under_load_lose_double_and_change_nothing(
     fleet: Fleet, fresh_topics: Settings
 ) -> None:
@@ -72,14 +79,14 @@ def test_kills_and_a_swap_under_load_lose_double_and_change_nothing(
     send(settings, part(0, WARM_AT + 50))
     wait_until_done(settings, fleet.check)
     appoint(settings, "challenger", challenger, shadow_ts)
-    time.sleep(1)
+    wait_until(lambda: all_have_heard(fleet, "challenger", shadow_ts), fleet.check)
     send(settings, part(WARM_AT + 50, WARM_AT + 150))
     fleet.kill("one")
     start(fleet, "one")
     wait_until_done(settings, fleet.check)
     appoint(settings, "champion", challenger, promote_ts)
     appoint(settings, "challenger", None, promote_ts)
-    time.sleep(1)
+    wait_until(lambda: all_have_heard(fleet, "challenger", promote_ts), fleet.check)
     for first in range(WARM_AT + 150, n, 125):
         send(settings, part(first, first + 125))
         fleet.kill("two")
