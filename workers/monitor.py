@@ -278,28 +278,35 @@ class Monitor:
     def _publish_outcomes(
         self, outcomes: Outcomes, losses: NDArray[np.float64], reference_losses: NDArray[np.float64]
     ) -> None:
-        join, names = self._join, [target.name for target in self._join.targets]
-        places = [join.symbols[slot] for slot in outcomes["slot"].tolist()]
-        holders = [join.holders[code] for code in outcomes["holder"].tolist()]
+        symbols, holders = self._join.symbols, self._join.holders
+        names = [target.name for target in self._join.targets]
+        of_series = (outcomes["slot"] * len(holders) + outcomes["holder"]) * len(names)
+        distinct, which = np.unique(of_series + outcomes["target"], return_inverse=True)
+        series, keys, partitions = [], [], []
+        for code in distinct.tolist():
+            code, target = divmod(code, len(names))
+            slot, holder = divmod(code, len(holders))
+            partition, symbol = symbols[slot]
+            bundle, role, arm = holders[holder]
+            series.append((symbol, names[target], bundle, role, arm))
+            keys.append(symbol.encode())
+            partitions.append(partition)
         values = encode_outcomes(
-            [symbol for _, symbol in places],
-            outcomes["ts"].tolist(),
-            outcomes["matured_ts"].tolist(),
-            [names[k] for k in outcomes["target"].tolist()],
-            [holder.bundle for holder in holders],
-            [holder.role for holder in holders],
-            outcomes["value"].tolist(),
-            outcomes["label"].tolist(),
-            losses.tolist(),
-            reference_losses.tolist(),
-            [holder.arm for holder in holders],
+            series,
+            which,
+            outcomes["ts"],
+            outcomes["matured_ts"],
+            outcomes["value"],
+            outcomes["label"],
+            losses,
+            reference_losses,
         )
         produce = self._publisher.produce
-        for (partition, symbol), value in zip(places, values, strict=True):
-            produce(OUTCOMES, symbol.encode(), value, partition=partition)
+        for i, value in zip(which.tolist(), values, strict=True):
+            produce(OUTCOMES, keys[i], value, partition=partitions[i])
         self._metrics.messages_produced.labels(OUTCOMES).inc(len(outcomes))
         for holder, target, at in self._groups(outcomes):
-            (bundle, role, arm), name = join.holders[holder], names[target]
+            (bundle, role, arm), name = holders[holder], names[target]
             self._metrics.outcomes.labels(name, role).inc(len(at))
             place = ARM_SLOT_OF.get(arm, role)
             self._windows.add(
