@@ -20,7 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -218,22 +217,23 @@ class Monitor:
 
     def _joined(self, messages: Sequence[Message]) -> Iterator[Outcomes]:
         """What predictions, then bars, of the batch bring to an end; positions move past them."""
-        by_place: dict[Place, list[Message]] = {}
-        for message in messages:
-            by_place.setdefault((str(message.topic()), message.partition()), []).append(message)
+        moved: dict[Place, int] = {}
         for topic in TOPICS:
-            some = [m for place, m in by_place.items() if place[0] == topic]
-            if not some:
+            read = [message for message in messages if message.topic() == topic]
+            if not read:
                 continue
-            partitions = np.repeat([m[0].partition() for m in some], [len(m) for m in some])
-            read = list(chain.from_iterable(some))
+            partitions = np.array([message.partition() for message in read], np.int64)
             offsets = np.array([message.offset() for message in read], np.int64)
-            starts = np.array([self._progress[topic, p].committed for p in partitions.tolist()])
+            live = np.empty(len(read), np.bool_)
+            for partition in np.unique(partitions).tolist():
+                here = partitions == partition
+                live[here] = offsets[here] >= self._progress[topic, partition].committed
+                moved[topic, partition] = int(offsets[here][-1]) + 1
             self._metrics.messages_consumed.labels(topic).inc(len(read))
             take = self._take_predictions if topic == PREDICTIONS else self._take_bars
-            yield take(read, partitions, offsets >= starts)
-        for place, some_of_it in by_place.items():
-            self._progress[place].position = some_of_it[-1].offset() + 1
+            yield take(read, partitions, live)
+        for place, position in moved.items():
+            self._progress[place].position = position
         for place, end in self._consumer.ends.items():  # past control records too
             self._progress[place].position = max(self._progress[place].position, end)
 
