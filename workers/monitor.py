@@ -88,7 +88,7 @@ def run(settings: Settings) -> None:
         worker = Monitor(settings, service)
         try:
             if worker.wait_for_champion():
-                gc.freeze()  # with all that is loaded, walking through it took a third of the time
+                gc.freeze()  # to walk through all that is loaded took a quarter of the time
                 worker.serve()
         finally:
             worker.close()
