@@ -63,7 +63,7 @@ class Rejected:
     reason: str
 
 
-# Without `gc=False` a batch sets off collections: a third to half as much time again to decode it.
+# Without `gc=False` collections of garbage make a batch a third slower to decode.
 class _WireBar(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, gc=False):
     symbol: str
     ts: int
