@@ -196,7 +196,7 @@ class Join:
             found.append(out[:n])
         for partition in np.unique(partitions).tolist():
             self._forget_labels(self._partitions[partition])
-        return np.concatenate(found)
+        return np.concatenate(found, dtype=_OUTCOME)
 
     def take_predictions(
         self, predictions: PredictionColumns, partitions: Ints, live: Bools

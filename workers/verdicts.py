@@ -214,11 +214,11 @@ class Judge:
         `cool_down_bars`; while it is, it is raised anew after `repeat_bars` since its beginning, then at twice as
         many bars as the last time.
         """
-        complete = self._complete_before(idle, whole)
-        rows = self._pooled_rows()
-        ready = (rows["ts"] < complete) | (rows["ts"] <= self._settled_ts)
-        if not ready.any():
+        complete = max(self._complete_before(idle, whole), self._settled_ts + 1)
+        if not any((rows["ts"] < complete).any() for rows in self._pool):
             return
+        rows = self._pooled_rows()
+        ready = rows["ts"] < complete
         self._pool = [rows[~ready]]
         rows = rows[ready]
         rows = rows[np.lexsort((rows["holder"], self._ranks()[rows["symbol"]], rows["ts"]))]

@@ -317,9 +317,35 @@ def test_encoded_attention_and_outcomes_are_what_the_messages_say() -> None:
     assert [(s.ts, s.lag, s.weight) for s in attention.top] == [(180_000, 0, 0.75)]
     assert attention.effective_length == pytest.approx(np.exp(0.5), abs=1e-4)
     (row,) = encode_outcomes(
-        ["SPY"], [0], [60_000], ["t"], ["b"], ["champion"], [1.0], [2.0], [0.5], [0.25], ["b"]
+        [("SPY", "t", "b", "champion", "b")],
+        *(np.array([n]) for n in (0, 0, 60_000)),
+        *(np.array([x]) for x in (1.0, 2.0, 0.5, 0.25)),
     )
     outcome = Outcome.model_validate_json(row)
     assert outcome.prediction_id == prediction_id("SPY", 0, "t", "b")
     assert outcome.arm == "b"
     assert (outcome.label, outcome.loss, outcome.reference_loss) == (2.0, 0.5, 0.25)
+
+
+def test_outcomes_are_written_as_consumers_know_them() -> None:
+    first, second = encode_outcomes(
+        [("é", "t", "b", "challenger", "a"), ('"},{"', "u", "b", "champion", "c")],
+        np.array([1, 0]),
+        np.array([0, 60_000]),
+        np.array([60_000, 120_000]),
+        np.array([1e-300, -9.5]),
+        np.array([2.0, 1e22]),
+        np.array([0.5, 0.1]),
+        np.array([0.0, 1 / 3]),
+    )
+    odd, plain = prediction_id('"},{"', 0, "u", "b"), prediction_id("é", 60_000, "t", "b")
+    assert first.decode() == (
+        f'{{"prediction_id":"{odd}","symbol":"\\"}},{{\\"","ts":0,'
+        '"matured_ts":60000,"target":"u","bundle":"b","role":"champion","value":1e-300,"label":2.0,'
+        '"loss":0.5,"reference_loss":0.0,"arm":"c"}'
+    )
+    assert second.decode() == (
+        f'{{"prediction_id":"{plain}","symbol":"é","ts":60000,'
+        '"matured_ts":120000,"target":"t","bundle":"b","role":"challenger","value":-9.5,'
+        '"label":1e22,"loss":0.1,"reference_loss":0.3333333333333333}'
+    )
