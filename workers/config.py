@@ -48,7 +48,7 @@ class DeadLetterSettings(Section):
 
 class InferenceSettings(Section):
     group: str = "inference"
-    max_batch: Positive = 2_048
+    max_batch: Positive = 4_096
     poll_ms: Annotated[int, Field(gt=0, le=100)] = 50
     """Longest blocking call: signal handlers run between calls."""
     attention_top: Positive = 5

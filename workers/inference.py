@@ -348,9 +348,7 @@ class Inference:
     def _produce(
         self, topic: str, keys: Sequence[bytes], values: Sequence[bytes], where: Sequence[int]
     ) -> None:
-        produce = self._publisher.produce
-        for key, value, partition in zip(keys, values, where, strict=True):
-            produce(topic, key, value, partition=partition)
+        self._publisher.produce_all(topic, keys, values, where)
         self._metrics.messages_produced.labels(topic).inc(len(values))
 
     def _schedule(self, partition: int) -> Schedule:

@@ -301,9 +301,10 @@ class Monitor:
             losses,
             reference_losses,
         )
-        produce = self._publisher.produce
-        for i, value in zip(which.tolist(), values, strict=True):
-            produce(OUTCOMES, keys[i], value, partition=partitions[i])
+        rows = which.tolist()
+        self._publisher.produce_all(
+            OUTCOMES, map(keys.__getitem__, rows), values, map(partitions.__getitem__, rows)
+        )
         self._metrics.messages_produced.labels(OUTCOMES).inc(len(outcomes))
         for holder, target, at in self._groups(outcomes):
             (bundle, role, arm), name = holders[holder], names[target]

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, Self
@@ -51,6 +51,15 @@ class Publisher(Protocol):
         partition: int = -1,
     ) -> None:
         """Queue one message; waits while the queue is full. `partition` -1 is chosen by the key."""
+
+    def produce_all(
+        self,
+        topic: str,
+        keys: Iterable[bytes],
+        values: Iterable[bytes],
+        partitions: Iterable[int],
+    ) -> None:
+        """As `produce`, of many messages, at a third of the cost."""
 
     def commit(self, offsets: Offsets) -> None:
         """What was produced goes out, and then the input's offsets move; exactly once, both have when
@@ -133,6 +142,37 @@ class _Publisher:
     ) -> None:
         if not self._begun:
             self._begin()
+        self._queue(topic, key, value, headers, partition)
+        self._until_poll -= 1
+        if not self._until_poll:
+            self._until_poll = POLL_EVERY
+            self._producer.poll(0)
+
+    def produce_all(
+        self,
+        topic: str,
+        keys: Iterable[bytes],
+        values: Iterable[bytes],
+        partitions: Iterable[int],
+    ) -> None:
+        if not self._begun:
+            self._begin()
+        produce = self._producer.produce
+        for key, value, partition in zip(keys, values, partitions, strict=True):
+            try:
+                produce(topic, value, key, partition)
+            except (BufferError, KafkaException):
+                self._queue(topic, key, value, None, partition)
+        self._producer.poll(0)
+
+    def _queue(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Headers | None,
+        partition: int,
+    ) -> None:
         try:
             while True:
                 try:
@@ -144,10 +184,6 @@ class _Publisher:
             if error.args[0].code() in REFUSED:
                 raise
             self._fail(error)
-        self._until_poll -= 1
-        if not self._until_poll:
-            self._until_poll = POLL_EVERY
-            self._producer.poll(0)
 
     def commit(self, offsets: Offsets) -> None:
         if not self._begun:

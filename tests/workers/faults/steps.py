@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from confluent_kafka import Producer
 
 import workers.inference
 from models.runtimes.numba import NumbaRuntime
@@ -24,10 +25,18 @@ from workers.schedule import Schedule
 Action = Literal["kill", "freeze", "pause", "disk full"]
 PAUSE_S = 4.0
 
+
+class _Producer(Producer):
+    """The client's own cannot be wrapped."""
+
+    def produce(self, *args: Any, **kwargs: Any) -> None:
+        super().produce(*args, **kwargs)
+
+
 STEPS: dict[str, tuple[object, str, Literal["before", "after"]]] = {
     "after the poll": (workers.inference, "poll_batch", "after"),
     "after the model": (publishing._Publisher, "_begin", "before"),
-    "half produced": (publishing._Publisher, "produce", "after"),
+    "half produced": (_Producer, "produce", "after"),
     "after produce": (publishing._Publisher, "commit", "before"),
     "before the commit": (publishing.ExactlyOnce, "_until_done", "before"),
     "delivered, not committed": (GroupConsumer, "commit", "before"),
@@ -77,6 +86,7 @@ class Fault:
             return result
 
         setattr(owner, name, wrapped)
+        vars(publishing)["Producer"] = _Producer
 
 
 @dataclass(frozen=True)
