@@ -259,7 +259,7 @@ class Inference:
             config.features,
             remembered_bars=config.remembered_bars,
             attention_top=self._settings.inference.attention_top,
-            rebuilt_rows=self._settings.inference.max_batch,
+            rebuilt_rows=self._settings.inference.max_batch // 2,  # so no cycle takes twice as long
         )
         self._engine.add(champion)
         self._engine.process(NO_BARS, np.zeros(0, np.int64))  # compiles the kernels
