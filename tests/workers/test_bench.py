@@ -118,7 +118,7 @@ class TestOnKafka:
         assert 0 < result["median_cycle_ms"] <= result["max_cycle_ms"]
 
     def test_a_soak_looks_at_memory_at_half_the_highest_rate(self, fresh_topics: Settings) -> None:
-        result = soak.run(fresh_topics, 0.05, FEW, probe_minutes=200, window=WINDOW)
+        result = soak.run(fresh_topics, 0.05, FEW, probe_minutes=2_000, window=WINDOW)
         assert result["rate"] > 0
         assert result["bars"] > 0
         assert 10 < result["rss_mb_start"] < 10_000

@@ -169,6 +169,7 @@ def test_the_loop_heals_itself_twice_refuses_the_bad_and_leaves_every_step_in_th
         "GPT_TRADER_MONITOR__GROUP": fresh_topics.monitor.group,
         "GPT_TRADER_MONITOR__COOL_DOWN_BARS": "50",
         "GPT_TRADER_MONITOR__PROBATION_BARS": "150",
+        "GPT_TRADER_MONITOR__MAX_CHALLENGERS": "1",  # else an alarm that goes on brings a rival
         "GPT_TRADER_TRAINER__GROUP": f"trainer-{fresh_topics.replica}",
         "GPT_TRADER_TRAINER__COOL_DOWN_BARS": "10",
         "GPT_TRADER_TRAINER__POLICY": "fine_tune",
@@ -176,7 +177,9 @@ def test_the_loop_heals_itself_twice_refuses_the_bad_and_leaves_every_step_in_th
         "GPT_TRADER_TRAINER__HISTORY_BARS": "800",
         "GPT_TRADER_TRAINER__RUNS": str(tmp_path / "runs"),
     }
-    monitoring = fresh_topics.monitor.model_copy(update={"probation_bars": 150})
+    monitoring = fresh_topics.monitor.model_copy(
+        update={"probation_bars": 150, "max_challengers": 1}
+    )
     settings = fresh_topics.model_copy(
         update={"database_url": postgres_url, "monitor": monitoring, "device": "cpu"}
     )

@@ -162,6 +162,6 @@ def _sample(values: dict[str, float]) -> Sample:
 
 def _steady(samples: list[Sample], expected: int) -> tuple[Sample, Sample]:
     within = [s for s in samples if MARGIN <= s.predictions / expected <= 1 - MARGIN]
-    if len(within) < 2:
+    if len({s.predictions for s in within}) < 2:
         raise ValueError("too few predictions to measure a rate: ask for more bars per symbol")
     return within[0], within[-1]

@@ -79,7 +79,7 @@ def _highest_rate(replica: Replica, backlog: int) -> float:
         looks.append((time.perf_counter(), made))
         time.sleep(0.05)
     steady = [look for look in looks if 0.1 * backlog <= look[1] <= 0.9 * backlog]
-    if len(steady) < 2:
+    if len({made for _, made in steady}) < 2:
         raise ValueError("too few predictions to measure a rate: ask for more probe minutes")
     (from_s, first), (to_s, last) = steady[0], steady[-1]
     return (last - first) / (to_s - from_s)
