@@ -300,8 +300,12 @@ def test_arms_and_two_challengers_stay_where_they_are_across_a_kill(replicas: Re
     appoint(settings, "challenger-2", third, SWAP_TS)
     appoint(settings, "arm-b", NEXT, SWAP_TS, share)
     assert set(replicas.stop().values()) == {0}
+    for name in ("one", "two"):
+        replicas.log_file(name).unlink()
     replicas.start("one", Fault("half produced", 600))
     replicas.start("two")
+    for name in ("one", "two"):  # else the first has all done before the second is there
+        replicas.wait_for(name, "restored")
     send(settings, bars(WARM_AT + 40, WARM_AT + 100))
     assert replicas.ended("one") == -signal.SIGKILL
     replicas.start("one")
