@@ -21,6 +21,7 @@ from models.slots import Slots, bars_in_order
 _VOLATILITY: Final = 0
 _RETURN: Final = 1
 _DIRECTION: Final = 2
+_NEXT_STEP: Final = 3
 _KINDS: Final = {"volatility": _VOLATILITY, "return": _RETURN, "direction": _DIRECTION}
 _DECAY: Final = 2.0 ** (-1 / 78)
 
@@ -82,17 +83,27 @@ class Labels(Slots):
     has steps, and 64) dropped it.
     """
 
-    def __init__(self, targets: Sequence[Target], spec: FeatureSpec, capacity: int = 0) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        spec: FeatureSpec,
+        capacity: int = 0,
+        *,
+        next_steps: int = 0,
+    ) -> None:
+        """`next_steps`: so many more series after those of the targets, each of them the squared
+        return to the next bar, known with it; 0 where that opens a session.
+        """
         self.targets = tuple(targets)
-        self._horizon = np.array([t.horizon for t in self.targets], dtype=np.int64)
-        self._kind = np.array([_KINDS[t.kind] for t in self.targets], dtype=np.int64)
-        self._band = np.array(
-            [t.dead_band if t.classes == 3 else np.nan for t in self.targets], dtype=np.float64
-        )
+        more = [_NEXT_STEP] * next_steps
+        self._horizon = np.array([t.horizon for t in self.targets] + [1] * next_steps, np.int64)
+        self._kind = np.array([_KINDS[t.kind] for t in self.targets] + more, np.int64)
+        bands = [t.dead_band if t.classes == 3 else np.nan for t in self.targets]
+        self._band = np.array(bands + [np.nan] * next_steps)
         self._clock = np.array([spec.interval_ms, spec.max_fill, spec.reset_after_ms])
         self._closes = spec.closes
         self._ring = 2 * int(self._horizon.max(initial=1)) + 64
-        super().__init__(_layout(len(self.targets), self._ring), capacity)
+        super().__init__(_layout(len(self._kind), self._ring), capacity)
 
     def update(
         self, slots: NDArray[np.int64], ts: NDArray[np.int64], ohlcv: NDArray[np.float64]
@@ -100,7 +111,7 @@ class Labels(Slots):
         """Take bars in the order given, as `Features.update`; duplicate and late ones do nothing."""
         slots, ts, ohlcv = bars_in_order(slots, ts, ohlcv)
         done, parts = 0, []
-        room = len(self.targets) * (self._ring + 2 * len(slots))
+        room = len(self._kind) * (self._ring + 2 * len(slots))
         while done < len(slots):
             found = np.empty((room, 4), dtype=np.int64)
             label = np.empty(room, dtype=np.float64)
@@ -187,11 +198,13 @@ def _run(state, start, slots, ts, ohlcv, clock, closes, horizon, kind, band, fou
             while s.next[k] < s.bars_seen:
                 place = s.next[k] % s.ring_ts.size
                 end = s.ring_step[place] + horizon[k]
-                if end > step:
+                if end > step and kind[k] != _NEXT_STEP:
                     break
                 end_sum, end_close = (sum_r2, log_close) if end == step else (s.sum_r2, s.log_close)
                 moved = end_close - s.ring_log_close[place]
-                if kind[k] == _VOLATILITY:
+                if kind[k] == _NEXT_STEP:
+                    value = r * r
+                elif kind[k] == _VOLATILITY:
                     total = end_sum - s.ring_sum_r2[place]
                     value = log(total * RETURN2_UNIT / horizon[k]) if total > 0 else np.nan
                 elif kind[k] == _RETURN:
