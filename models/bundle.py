@@ -161,7 +161,8 @@ class Provenance(_Frozen):
 
 
 class _Manifest(_Frozen):
-    format: Literal[1] = 1
+    format: Literal[2] = 2
+    """2: alarms are calibrated on running losses."""
     files: dict[str, str]
     provenance: Provenance
 

@@ -26,7 +26,9 @@ WINSORISED = 0.005
 LIVES, LIFE_RUNS = 80, 4
 """A threshold is tried on so many bundles' lives, each of so many declared run lengths; each life
 has another error of the validation mean. 320 alarms: the run length is known to some 6 %."""
-ROUGH_LIVES = 10
+ROUGH_LIVES = 20
+PARTS, MOST_VARIANCE = 8, 1.0
+"""Of the jackknife, and the variance of the log run length that is believed at most."""
 LEAST_BLOCK_BARS = 300
 """Four half-lives of a variance that fades by 1 % a bar."""
 PRIOR_BARS = 100.0
@@ -45,12 +47,14 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    low: float
-    high: float
-    """Differences are cut to [low, high] before anything else."""
+    low: float | None = None
+    high: float | None = None
+    """Differences are cut to [low, high] before anything else; those of running losses are not."""
     mean: float
     sd: Annotated[float, Field(gt=0)]
     """Of one symbol's differences, after the cut."""
+    pair_sd: float = 0.0
+    """Of the mean difference over symbols and the bars of a pair."""
     correlation: Annotated[float, Field(ge=0, le=1)]
     """Of two symbols at one bar time: how little pooling more of them helps."""
     slack: float = SLACK
@@ -67,7 +71,10 @@ class Calibration(BaseModel):
     """Bar times it was calibrated on; fewer than `arl0_bars` means an uncertain threshold."""
 
     def standardise(self, differences: Floats) -> Floats:
-        return (np.clip(differences, self.low, self.high) - self.mean) / self.sd
+        return (self.cut(differences) - self.mean) / self.sd
+
+    def cut(self, differences: Floats) -> Floats:
+        return differences if self.low is None else np.clip(differences, self.low, self.high)
 
     def pool(self, means: Floats, n_symbols: Ints) -> Floats:
         return pool(means, n_symbols, self.correlation)
@@ -88,17 +95,22 @@ def calibrate(
     seed: int,
     slack: float = SLACK,
     detectors: tuple[DetectorName, ...] = ("cusum",),
+    pair_bars: int | None = None,
 ) -> Calibration:
     """Calibrate on validation differences f64[n bar times, symbols], NaN where there is none.
 
+    `pair_bars`: that of `models.comparison` where the differences are of running losses; they are not
+    winsorised, as their surprise is bounded.
     The threshold gives a detector on stationary-bootstrap resamples (Politis & Romano 1994, JASA 89)
     of the pooled series one alarm in `arl0_bars`. Raises ValueError where nothing varies.
     """
     present = np.isfinite(differences)
     differences = differences[present.any(axis=1)]
     present = np.isfinite(differences)
-    low, high = np.quantile(differences[present], [WINSORISED, 1 - WINSORISED])
-    cut = np.clip(differences, low, high)
+    low, high = None, None
+    if pair_bars is None:
+        low, high = np.quantile(differences[present], [WINSORISED, 1 - WINSORISED]).tolist()
+    cut = differences if low is None else np.clip(differences, low, high)
     mean, sd = float(np.mean(np.nanmean(cut, axis=1))), float(np.std(cut[present]))
     if not sd > 0:
         raise ValueError("the validation differences do not vary: nothing to calibrate on")
@@ -114,10 +126,11 @@ def calibrate(
         for name in dict.fromkeys(("cusum", *detectors))
     }
     return Calibration(
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         mean=mean,
         sd=sd,
+        pair_sd=_pair_sd(np.nanmean(cut, axis=1), pair_bars or 1),
         correlation=correlation,
         slack=slack,
         threshold=thresholds.pop("cusum"),
@@ -178,14 +191,19 @@ def threshold_for(
     The validation mean is known to a standard error only, and a false alarm is a matter of a small
     difference of means: so each simulated life is shifted by another draw of that error, and the
     rate is that over all lives.
+
+    How many storms there are among so few bars is an accident too. Thresholds that it makes too low
+    cost more alarms than those too high spare: exp(v / 2) times as many over all bundles, where v is the
+    variance of the log of the run length. So that many times the run length is aimed at; v is the
+    jackknife's, by parts of the series.
     """
     kind, error = DETECTORS.index(detector), standard_error(series, block)
 
-    def log_run_length(threshold: float, lives: int) -> float:
+    def log_run_length(threshold: float, lives: int, bars: Floats = series) -> float:
         rng, life = np.random.default_rng(seed), LIFE_RUNS * arl0_bars
         shifts = error * _normal_quantiles(lives)
         state = np.zeros(_WIDTHS[kind])
-        alarms = _alarms(kind, state, series, block, slack, threshold, life, shifts, rng)
+        alarms = _alarms(kind, state, bars, block, slack, threshold, life, shifts, rng)
         return float(np.log(life * lives / max(alarms, 0.5)))
 
     wanted, low, high = np.log(arl0_bars), 0.0, 1.0
@@ -199,9 +217,18 @@ def threshold_for(
     # The logarithm of the run length is all but linear in the threshold.
     low, high = 0.95 * low, 1.05 * high
     at_low, at_high = log_run_length(low, LIVES), log_run_length(high, LIVES)
+    without = [log_run_length(high, ROUGH_LIVES, bars) for bars in _without_each_part(series)]
+    wanted += min((PARTS - 1) * float(np.var(without)), MOST_VARIANCE) / 2
     if not at_high > at_low:
         return high
     return float(max(low + (wanted - at_low) / (at_high - at_low) * (high - low), low / 2))
+
+
+def _without_each_part(series: Floats) -> list[Floats]:
+    """The series, its mean 0, without one of `PARTS` equal parts."""
+    parts = np.array_split(np.arange(len(series)), PARTS)
+    left = [np.delete(series, part) for part in parts]
+    return [each - each.mean() for each in left]
 
 
 class Drift(NamedTuple):
@@ -280,6 +307,11 @@ def passing(p_values: Floats, false_share: float) -> NDArray[np.bool_]:
     named = np.zeros(n, np.bool_)
     named[order[: below[-1] + 1 if len(below) else 0]] = True
     return named
+
+
+def _pair_sd(means: Floats, pair_bars: int) -> float:
+    whole = len(means) // pair_bars * pair_bars
+    return float(np.std(means[:whole].reshape(-1, pair_bars).mean(axis=1)))
 
 
 def _symbol_scale(z: Floats, slack: float) -> float:

@@ -15,6 +15,7 @@ from models.dataset import History
 from models.drift import DETECTORS, Calibration, calibrate
 from models.features import WARM_UP_BARS, FeatureSpec
 from models.forecasters import expected_variance
+from models.running_loss import running_losses, runs_up
 from models.scoring import Floats, loss
 from models.splits import Span
 from models.targets import Target
@@ -30,6 +31,9 @@ class Scored(NamedTuple):
 
     losses: Floats
     reference_losses: Floats
+    watched: Floats
+    """What the monitor watches of them, in the row of the bar at which it is pooled: the difference of
+    running losses where the target has them, else of matured ones."""
 
 
 def score(bundle: Bundle, past: Sequence[History], values: Sequence[Floats]) -> list[Scored]:
@@ -38,7 +42,7 @@ def score(bundle: Bundle, past: Sequence[History], values: Sequence[Floats]) -> 
     scored = []
     for h, v in zip(past, values, strict=True):
         log_variances = baselines.history(config.features, h.ts, h.ohlcv[:, 3])
-        losses, reference_losses = np.empty(v.shape), np.empty(v.shape)
+        losses, reference_losses, watched = (np.empty(v.shape) for _ in range(3))
         for k, (target, reference) in enumerate(
             zip(config.targets, config.references, strict=True)
         ):
@@ -47,7 +51,12 @@ def score(bundle: Bundle, past: Sequence[History], values: Sequence[Floats]) -> 
             reference_losses[:, k] = np.where(
                 np.isnan(v[:, k]), np.nan, loss(target, said, h.y[:, k])
             )
-        scored.append(Scored(losses, reference_losses))
+            watched[:, k] = losses[:, k] - reference_losses[:, k]
+            if runs_up(target):
+                both = np.stack([v[:, k], said], axis=1)
+                running = running_losses(target, config.features, h.ts, h.ohlcv, both)
+                watched[:, k] = running[:, 0] - running[:, 1]
+        scored.append(Scored(losses, reference_losses, watched))
     return scored
 
 
@@ -93,16 +102,18 @@ def calibrations_of(
     times = np.unique(bar_times(past))
     found = []
     for k, target in enumerate(targets):
-        differences = [s.losses[:, k] - s.reference_losses[:, k] for s in scored]
+        differences = [s.watched[:, k] for s in scored]
         busiest = sorted(range(len(past)), key=lambda i: -np.isfinite(differences[i]).sum())
         wide = np.full((len(times), min(len(past), MAX_CALIBRATION_SYMBOLS)), np.nan)
         for column, i in enumerate(busiest[: wide.shape[1]]):
             wide[np.searchsorted(times, past[i].ts), column] = differences[i]
         wide = wide[np.isfinite(wide).any(axis=1)]
-        enough = len(wide) >= MIN_CALIBRATION_BARS
+        pair_bars = target.horizon if runs_up(target) else None
         found.append(
-            calibrate(wide, target.horizon, arl0_bars, seed, detectors=DETECTORS)
-            if enough
+            calibrate(
+                wide, target.horizon, arl0_bars, seed, detectors=DETECTORS, pair_bars=pair_bars
+            )
+            if len(wide) >= MIN_CALIBRATION_BARS
             else None
         )
     return tuple(found)
