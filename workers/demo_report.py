@@ -1,14 +1,17 @@
 """What the demo's report says: sections, words and pictures out of what the topics held."""
 
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from models import baselines
+from models.running_loss import running_losses
 from workers import report
 from workers.config import MonitorSettings
 from workers.joining import Holder
-from workers.verdicts import ROW, Judge
+from workers.verdicts import ROW, Judge, Rows
 
 if TYPE_CHECKING:
     from workers.demo import Director, Evidence, Options, Story
@@ -36,7 +39,7 @@ def sections(
         report.Section(
             "How the loop watches itself",
             _alarms(director),
-            [*_statistic(evidence, director, outcomes, marks), _losses(outcomes, marks)],
+            [*_statistic(evidence, director, watched, marks), _losses(outcomes, marks)],
         ),
         report.Section("Where the network looks", [], [_attention(evidence)]),
         report.Section("What operations see", [], _operations(director, evidence)),
@@ -143,9 +146,9 @@ def _volatilities(
 
 
 def _statistic(
-    evidence: "Evidence", director: "Director", outcomes: pd.DataFrame, marks: list[report.Mark]
+    evidence: "Evidence", director: "Director", symbols: Collection[str], marks: list[report.Mark]
 ) -> list[report.Picture]:
-    series = _replay_monitor(evidence, director, outcomes)
+    series = _replay_monitor(evidence, director, symbols)
     if series.empty:
         return []
     crossed = bool(director.degradations)
@@ -162,25 +165,17 @@ def _statistic(
 
 
 def _replay_monitor(
-    evidence: "Evidence", director: "Director", outcomes: pd.DataFrame
+    evidence: "Evidence", director: "Director", symbols: Collection[str]
 ) -> pd.DataFrame:
-    """The statistic after each outcome: the monitor's own rules over the outcomes it published."""
+    """The statistic after each bar time: the monitor's own rules over bars and published forecasts."""
     config = next(iter(evidence.bundles.values())).config
     records = sorted(director.champions, key=lambda record: record.effective_ts)
-    rows = []
-    champion = outcomes[outcomes["role"] == "champion"]
-    symbol, names = pd.factorize(champion["symbol"])
-    holder, bundles = pd.factorize(champion["bundle"])
+    names, holders = sorted(symbols), [Holder(bundle, "champion") for bundle in evidence.bundles]
     judge = Judge(
-        MonitorSettings(),
-        config.features.interval_ms,
-        [(0, name) for name in names],
-        [Holder(bundle, "champion") for bundle in bundles],
+        MonitorSettings(), config.features.interval_ms, [(0, name) for name in names], holders
     )
-    judged = np.zeros(len(champion), ROW)
-    for name in ("ts", "matured_ts", "loss", "reference_loss"):
-        judged[name] = champion[name]
-    judged["symbol"], judged["holder"] = symbol, holder
+    judged = _running_rows(evidence, names, [holder.bundle for holder in holders])
+    rows = []
     for some in np.split(judged, np.flatnonzero(np.diff(judged["ts"])) + 1):
         while records and records[0].effective_ts <= some["ts"].max(initial=-1):
             record = records.pop(0)
@@ -190,6 +185,40 @@ def _replay_monitor(
         if judge.statistic is not None:
             rows.append((int(some["ts"][0]), *judge.statistic))
     return pd.DataFrame(rows, columns=["ts", "bundle", "statistic", "threshold"])
+
+
+def _running_rows(evidence: "Evidence", names: Sequence[str], bundles: Sequence[str]) -> Rows:
+    """ROW[n] of the champions' running losses, in the order of their bars."""
+    said = evidence.predictions[evidence.predictions["role"] == "champion"]
+    bars = evidence.log.bars
+    of_symbol = np.array(bars.symbols, object)
+    parts = [np.zeros(0, ROW)]
+    for symbol, name in enumerate(names):
+        own = np.flatnonzero(of_symbol == name)
+        ts, ohlcv = bars.ts[own], bars.ohlcv[own]
+        ts, first = np.unique(ts, return_index=True)
+        ohlcv = ohlcv[first]
+        for holder, version in enumerate(bundles):
+            config = evidence.bundles[version].config
+            target = config.targets[0]
+            mine = said[
+                (said["symbol"] == name)
+                & (said["bundle"] == version)
+                & (said["target"] == target.name)
+            ]
+            both = np.full((len(ts), 2), np.nan)
+            at = np.searchsorted(ts, mine["ts"].to_numpy())
+            variances = baselines.history(config.features, ts, ohlcv[:, 3])
+            both[at, 0] = mine["value"]
+            both[at, 1] = config.references[0].forecast(target, variances)[at]
+            losses = running_losses(target, config.features, ts, ohlcv, both)
+            rows = np.zeros(len(ts), ROW)
+            rows["ts"] = rows["matured_ts"] = ts
+            rows["symbol"], rows["holder"] = symbol, holder
+            rows["loss"], rows["reference_loss"] = losses.T
+            parts.append(rows[np.isfinite(losses).all(axis=1)])
+    judged = np.concatenate(parts)
+    return judged[np.argsort(judged["ts"], kind="stable")]
 
 
 def _losses(outcomes: pd.DataFrame, marks: list[report.Mark]) -> report.Picture:

@@ -2,6 +2,9 @@
 
 Of one series (symbol and target), labels come in the order of their bars, and so do the predictions
 of each holder (bundle, role and arm): a join of ordered queues, compiled, with no object for any row.
+
+The predictions of one target may be joined a second time, each with the next bar: what running losses
+are made of (`models.running_loss`).
 """
 
 from collections import Counter, deque
@@ -77,7 +80,8 @@ _OUTCOME = np.dtype(
 )
 """A prediction joined with its label: `slot`, `target` and `holder` are places in the join's lists,
 `log_variances` those of `models.baselines.Variances` at the prediction's bar, `live` says whether
-one of the two messages that make it was live: only then it is news."""
+one of the two messages that make it was live: only then it is news. `target` one past the last is
+the second join: its `label` is the squared return to the next bar, that of `matured_ts`."""
 
 _KEY, _KEY_OF_LANE = (
     [("series", "i8"), ("ts", "i8")],
@@ -92,6 +96,7 @@ _QUEUES = {
 
 Outcomes = NDArray[np.void]
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
@@ -147,8 +152,13 @@ class _State(NamedTuple):
 class Join:
     """State of all partitions that this process has; pure, no Kafka in it."""
 
-    def __init__(self, spec: FeatureSpec, targets: Sequence[Target]) -> None:
-        self.spec, self.targets = spec, tuple(targets)
+    def __init__(
+        self, spec: FeatureSpec, targets: Sequence[Target], running: Target | None = None
+    ) -> None:
+        """`running`: the target whose predictions are joined with the next bar too."""
+        self.spec, self.targets, self.running = spec, tuple(targets), running
+        self._n_series = len(self.targets) + (running is not None)
+        """Of each symbol."""
         self.dropped: Counter[str] = Counter()
         """Messages of which nothing came, by why."""
         self.symbols: list[tuple[int, str]] = []
@@ -159,7 +169,7 @@ class Join:
         self._holder_codes: dict[tuple[str, Role, Arm], int] = {}
         self._series: NDArray[np.void] = np.zeros(0, _SERIES)
         self._kept, self._lanes, self._waiting = _Pool(_LABEL), _Pool(_LANE), _Pool(_WAITING)
-        self._labels = Labels(self.targets, spec)
+        self._labels = Labels(self.targets, spec, next_steps=int(running is not None))
         depth = 2 * max(target.horizon for target in self.targets) + 64 + BARS_AT_ONCE
         self._variances = Variances(spec, depth)
         self._free: list[int] = []
@@ -177,13 +187,14 @@ class Join:
             matured = self._labels.update(slots[rows], bars.ts[rows], bars.ohlcv[rows])
             if not len(matured):
                 continue
-            series = matured.slot * len(self.targets) + matured.target
+            series = matured.slot * self._n_series + matured.target
             self._kept.make_room(len(matured))
             state = self._state()
             out = np.empty(_lanes_in(state, series), _OUTCOME)
             n, unlabelled = _take_labels(
                 state,
                 series,
+                self._n_series,
                 len(self.targets),
                 matured.ts,
                 matured.matured_ts,
@@ -213,33 +224,40 @@ class Join:
             list(zip(predictions.bundles, predictions.roles, predictions.arms, strict=True))
         )
         ts = np.array(predictions.ts, np.int64)
-        self._lanes.make_room(n)
-        self._waiting.make_room(n)
-        out = np.empty(n, _OUTCOME)
-        joined, repeated, unlabelled = _take_predictions(
-            self._state(),
-            slots,
-            target,
-            len(self.targets),
-            holder,
-            ts,
-            np.array(predictions.values, np.float64),
-            live,
-            out,
-        )
+        values = np.array(predictions.values, np.float64)
+        outcomes, repeated, unlabelled = self._take(slots, target, holder, ts, values, live)
         self._count("unknown_target", int(np.count_nonzero(target < 0)))
         self._count("repeated", repeated)
         self._count("unlabelled", unlabelled)
+        if self.running is not None:
+            own = np.flatnonzero(target == self.targets.index(self.running))
+            of_steps = np.full(len(own), len(self.targets))
+            steps, _, _ = self._take(
+                slots[own], of_steps, holder[own], ts[own], values[own], live[own]
+            )
+            outcomes = np.concatenate([outcomes, steps])
         for partition in np.unique(partitions).tolist():
             here = partitions == partition
             state = self._partitions[partition]
             state.read += int(np.count_nonzero(here))
             state.newest_ts = max(state.newest_ts, int(ts[here].max()))
             self._forget_labels(state)
-        return out[:joined]
+        return outcomes
+
+    def _take(
+        self, slots: Ints, target: Ints, holder: Ints, ts: Ints, values: Floats, live: Bools
+    ) -> tuple[Outcomes, int, int]:
+        self._lanes.make_room(len(slots))
+        self._waiting.make_room(len(slots))
+        out = np.empty(len(slots), _OUTCOME)
+        state, n_series = self._state(), self._n_series
+        n, repeated, unlabelled = _take_predictions(
+            state, slots, target, n_series, holder, ts, values, live, out
+        )
+        return out[:n], repeated, unlabelled
 
     def waiting(self) -> int:
-        """Predictions whose label is to come."""
+        """Predictions whose label is to come, and of the second join those whose next bar is."""
         return len(self._waiting.at) - int(self._waiting.spare[1])
 
     def drop(self, partition: int) -> None:
@@ -288,12 +306,12 @@ class Join:
         self.drop(partition)
         symbols = meta["symbols"]
         slots = self._slots_of(np.full(len(symbols), partition), symbols)
-        self._labels.load(slots, _under("labels/", arrays))
-        self._variances.load(slots, _under("variances/", arrays))
+        self._labels.load(slots, under("labels/", arrays))
+        self._variances.load(slots, under("variances/", arrays))
         self._partition(partition).newest_ts = meta["newest_ts"]
         holders = self._holders_of([Holder(*holder) for holder in meta["holders"]])
         series = self._series_of(slots)
-        kept, lanes, waiting = (_under(f"{n}/", arrays) for n in ("kept", "lanes", "waiting"))
+        kept, lanes, waiting = (under(f"{n}/", arrays) for n in ("kept", "lanes", "waiting"))
         self._kept.make_room(len(kept["ts"]))
         self._lanes.make_room(len(lanes["series"]))
         self._waiting.make_room(len(waiting["ts"]))
@@ -348,7 +366,7 @@ class Join:
         _forget(self._state(), series, settled_ts, max(MOST_LABELS // max(len(series), 1), 1))
 
     def _series_of(self, slots: Ints) -> Ints:
-        k = len(self.targets)
+        k = self._n_series
         return (slots[:, None] * k + np.arange(k)).ravel()
 
     def _slots_of(self, partitions: Ints, symbols: Sequence[str]) -> Ints:
@@ -391,10 +409,10 @@ class Join:
                 capacity = max(64, 2 * slot)
                 self._labels.grow(capacity)
                 self._variances.grow(capacity)
-                series = np.zeros(capacity * len(self.targets), _SERIES)
+                series = np.zeros(capacity * self._n_series, _SERIES)
                 series[: len(self._series)] = self._series
                 self._series = series
-        own = slice(slot * len(self.targets), (slot + 1) * len(self.targets))
+        own = slice(slot * self._n_series, (slot + 1) * self._n_series)
         self._series[own] = (_NONE, _NONE, 0, 0, _NONE)
         self._partition(partition).slots[symbol] = slot
         return slot
@@ -404,9 +422,10 @@ class Join:
 
     def _fits(self) -> dict[str, Any]:
         return {
-            "layout": 2,
+            "layout": 3,
             "spec": self.spec.model_dump(mode="json"),
             "targets": [target.model_dump(mode="json") for target in self.targets],
+            "running": self.running and self.running.name,
         }
 
 
@@ -430,7 +449,8 @@ def _pieces(slots: Ints, live: Bools) -> Iterator[NDArray[np.intp]]:
             yield some[rank // BARS_AT_ONCE == turn]
 
 
-def _under(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def under(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The arrays of one part of a snapshot, by their own names."""
     return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
 
@@ -499,7 +519,7 @@ def _keep(state, series, ts, matured_ts, label, log_variances, live):  # type: i
 
 
 @njit(cache=True)
-def _join_lane(state, series, place, n_targets, out, n):  # type: ignore[no-untyped-def]
+def _join_lane(state, series, place, n_series, out, n):  # type: ignore[no-untyped-def]
     """Join what waits in a lane as far as labels have come; returns (outcomes so far, given up)."""
     s, lane = state.series[series], state.lanes[place]
     unlabelled = 0
@@ -517,7 +537,7 @@ def _join_lane(state, series, place, n_targets, out, n):  # type: ignore[no-unty
         label = state.labels[following]
         if label.ts == prediction.ts:
             o = out[n]
-            o.slot, o.target, o.holder = series // n_targets, series % n_targets, lane.holder
+            o.slot, o.target, o.holder = series // n_series, series % n_series, lane.holder
             o.ts, o.matured_ts = label.ts, label.matured_ts
             o.value, o.label, o.live = prediction.value, label.label, prediction.live or label.live
             o.log_variances[:] = label.log_variances
@@ -532,18 +552,18 @@ def _join_lane(state, series, place, n_targets, out, n):  # type: ignore[no-unty
 
 
 @njit(cache=True)
-def _take_predictions(state, slot, target, n_targets, holder, ts, value, live, out):  # type: ignore[no-untyped-def]
+def _take_predictions(state, slot, target, n_series, holder, ts, value, live, out):  # type: ignore[no-untyped-def]
     n, repeated, unlabelled = 0, 0, 0
     for i in range(slot.size):
         if target[i] < 0:
             continue
-        series = slot[i] * n_targets + target[i]
+        series = slot[i] * n_series + target[i]
         place = _lane_of(state, series, holder[i])
         if ts[i] <= state.lanes[place].last_ts:
             repeated += 1
             continue
         _wait(state, place, ts[i], value[i], live[i])
-        n, given_up = _join_lane(state, series, place, n_targets, out, n)
+        n, given_up = _join_lane(state, series, place, n_series, out, n)
         unlabelled += given_up
     return n, repeated, unlabelled
 
@@ -562,15 +582,16 @@ def _lanes_in(state, series):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _take_labels(  # type: ignore[no-untyped-def]
-    state, series, n_targets, ts, matured_ts, label, log_variances, live, out
+    state, series, n_series, n_targets, ts, matured_ts, label, log_variances, live, out
 ):
     n, unlabelled = 0, 0
     for i in range(series.size):
         _keep(state, series[i], ts[i], matured_ts[i], label[i], log_variances[i], live)
         place = state.series[series[i]].lane
         while place != _NONE:
-            n, given_up = _join_lane(state, series[i], place, n_targets, out, n)
-            unlabelled += given_up
+            n, given_up = _join_lane(state, series[i], place, n_series, out, n)
+            if series[i] % n_series < n_targets:
+                unlabelled += given_up
             place = state.lanes[place].next
     return n, unlabelled
 

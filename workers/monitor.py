@@ -28,7 +28,7 @@ from pydantic import ValidationError
 
 from models.bundle import Bundle, BundleRejected
 from models.drift import Calibration
-from models.scoring import loss
+from models.running_loss import runs_up
 from models.targets import Target
 from schemas.codecs import decode_bars, decode_predictions, encode, encode_outcomes
 from schemas.messages import (
@@ -49,7 +49,7 @@ from workers.config import Settings
 from workers.errors import TransactionAborted
 from workers.idleness import Idleness
 from workers.inputs import RecentBars, drift_of
-from workers.joining import Join, Outcomes
+from workers.joining import Join, Outcomes, under
 from workers.kafka import (
     DeadLetters,
     Message,
@@ -63,10 +63,11 @@ from workers.kafka import (
     seek,
 )
 from workers.logs import event
+from workers.scoring import Scorer
 from workers.service import Service
 from workers.snapshots import Snapshots
 from workers.store import Outbox, Registry, wall_ms
-from workers.verdicts import ROW, Alarm, Decision, Judge, level_of
+from workers.verdicts import Alarm, Decision, Judge, level_of
 from workers.watchdog import Watchdog
 from workers.windows import Windows
 
@@ -197,9 +198,15 @@ class Monitor:
         config = champion.config
         self._interval_ms = config.features.interval_ms
         self._target = _decisive(config.targets, self._settings.monitor.target)
-        self._join = Join(config.features, config.targets)
+        running = self._target if runs_up(self._target) else None
+        self._join = Join(config.features, config.targets, running)
+        self._scorer = Scorer(self._join, self._target, self._bundle)
         self._judge = Judge(
-            self._settings.monitor, self._interval_ms, self._join.symbols, self._join.holders
+            self._settings.monitor,
+            self._interval_ms,
+            self._join.symbols,
+            self._join.holders,
+            pair_bars=1 if running is None else running.horizon,
         )
         self._consumer = make_consumer(
             self._settings,
@@ -257,20 +264,17 @@ class Monitor:
         return self._join.take_bars(bars, partitions[places], live[places])
 
     def _take(self, outcomes: Outcomes) -> None:
-        """Score outcomes, publish those that are news, and hand all to the judge."""
-        losses, reference_losses = self._score(outcomes)
+        """Score outcomes, publish those that are news, and hand to the judge what it goes by."""
+        of_steps = outcomes["target"] == len(self._join.targets)
+        if self._join.running is not None:
+            self._judge.add(self._scorer.running(outcomes[of_steps]))
+        outcomes = outcomes[~of_steps]
+        losses, reference_losses = self._scorer.losses(outcomes)
         scored = np.isfinite(losses) & np.isfinite(reference_losses)
         if n := int(np.count_nonzero(~scored)):
             self._join.dropped["unscored"] += n
-        decisive = scored & (outcomes["target"] == self._join.targets.index(self._target))
-        if decisive.any():
-            rows = np.zeros(int(np.count_nonzero(decisive)), ROW)
-            for name in ("ts", "matured_ts", "holder"):
-                rows[name] = outcomes[name][decisive]
-            rows["symbol"] = outcomes["slot"][decisive]
-            rows["partition"] = self._partitions_of(rows["symbol"])
-            rows["loss"], rows["reference_loss"] = losses[decisive], reference_losses[decisive]
-            self._judge.add(rows)
+        if self._join.running is None:
+            self._judge.add(self._scorer.matured(outcomes, losses, reference_losses))
         news = scored & outcomes["live"]
         if news.any():
             self._publish_outcomes(outcomes[news], losses[news], reference_losses[news])
@@ -306,40 +310,13 @@ class Monitor:
             OUTCOMES, map(keys.__getitem__, rows), values, map(partitions.__getitem__, rows)
         )
         self._metrics.messages_produced.labels(OUTCOMES).inc(len(outcomes))
-        for holder, target, at in self._groups(outcomes):
+        for holder, target, at in self._scorer.groups(outcomes):
             (bundle, role, arm), name = holders[holder], names[target]
             self._metrics.outcomes.labels(name, role).inc(len(at))
             place = ARM_SLOT_OF.get(arm, role)
             self._windows.add(
                 bundle, place, name, outcomes["ts"][at], losses[at], reference_losses[at]
             )
-
-    def _score(self, outcomes: Outcomes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Loss and reference loss f64[n]; NaN where the bundle cannot be read."""
-        losses, reference_losses = np.full((2, len(outcomes)), np.nan)
-        for holder, k, at in self._groups(outcomes):
-            bundle, target = self._bundle(self._join.holders[holder][0]), self._join.targets[k]
-            if bundle is None or target not in bundle.config.targets:
-                continue
-            reference = bundle.config.references[bundle.config.targets.index(target)]
-            label = outcomes["label"][at]
-            with np.errstate(over="ignore"):  # infinite, so not scored
-                losses[at] = loss(target, outcomes["value"][at], label)
-                said = reference.forecast(target, outcomes["log_variances"][at])
-                reference_losses[at] = loss(target, said, label)
-        return losses, reference_losses
-
-    def _groups(self, outcomes: Outcomes) -> Iterator[tuple[int, int, NDArray[np.intp]]]:
-        """(holder, target, rows) of every pair that occurs."""
-        n = len(self._join.targets)
-        pairs, place = np.unique(outcomes["holder"] * n + outcomes["target"], return_inverse=True)
-        for i, pair in enumerate(pairs.tolist()):
-            yield pair // n, pair % n, np.flatnonzero(place == i)
-
-    def _partitions_of(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        distinct, place = np.unique(slots, return_inverse=True)
-        symbols = self._join.symbols
-        return np.array([symbols[slot][0] for slot in distinct.tolist()], np.int64)[place]
 
     # ---- verdicts ----
 
@@ -618,8 +595,7 @@ class Monitor:
         check_topics(self._settings)  # a partition that was added moves keys: stop with a word
         self._metrics.rebalances.labels("assigned").inc()
         for partition in set(self._partitions) - set(partitions):
-            self._join.drop(partition)
-            self._recent.drop(partition)
+            self._drop(partition)
         self._progress = {}
         self._restore(partitions, rewind=False)
         return {place: progress.position for place, progress in self._progress.items()}
@@ -658,28 +634,31 @@ class Monitor:
 
     def _restore_partition(self, partition: int, offsets: dict[str, int]) -> None:
         snapshot = self._snapshots.load(partition, at_or_below=offsets)
+        self._drop(partition)
         if snapshot is not None and self._join.fits(snapshot.meta):
             self._join.load(partition, snapshot.arrays, snapshot.meta)
+            self._scorer.load(partition, under("scorer/", snapshot.arrays), snapshot.meta["scorer"])
             self._judge.load_partition(
                 partition,
-                {n.removeprefix("judge/"): a for n, a in snapshot.arrays.items()},
+                under("judge/", snapshot.arrays),
                 snapshot.meta["judge"],
                 partial(self._join.slot_of, partition),
                 self._join.holder_of,
             )
-            recent = {n.removeprefix("recent/"): a for n, a in snapshot.arrays.items()}
-            if "recent" in snapshot.meta:  # older versions kept none
-                self._recent.load(partition, recent, snapshot.meta["recent"])
+            self._recent.load(partition, under("recent/", snapshot.arrays), snapshot.meta["recent"])
             positions = snapshot.offsets
         else:
-            self._join.drop(partition)
-            self._recent.drop(partition)
             positions = dict.fromkeys(TOPICS, 0)
         for topic in TOPICS:
             self._progress[topic, partition] = _Progress(positions[topic], offsets[topic])
         every = self._settings.monitor.snapshot_every_s
         self._snapshot_at[partition] = self._clock() + every * (1 + partition % 7 / 7)
         event(log, "restored", partition=partition, replay_from=positions, live_from=offsets)
+
+    def _drop(self, partition: int) -> None:
+        self._scorer.drop(partition)
+        self._join.drop(partition)
+        self._recent.drop(partition)
 
     def _snapshot_if_due(self) -> None:
         if self._writing is not None and not self._writing.done():
@@ -696,16 +675,18 @@ class Monitor:
         here = {topic: self._progress[topic, partition] for topic in TOPICS}
         if all(progress.position >= progress.committed for progress in here.values()):
             arrays, meta = self._join.export(partition)
-            judged, terms = self._judge.export(partition)
-            recent, symbols = self._recent.export(partition)
+            parts = {
+                "scorer": self._scorer.export(partition),
+                "judge": self._judge.export(partition),
+                "recent": self._recent.export(partition),
+            }
             self._writing = self._aside.submit(
                 self._snapshots.save,
                 partition,
                 {topic: progress.position for topic, progress in here.items()},
                 arrays
-                | {f"judge/{name}": array for name, array in judged.items()}
-                | {f"recent/{name}": array for name, array in recent.items()},
-                meta | {"judge": terms, "recent": symbols},
+                | {f"{part}/{n}": a for part, (own, _) in parts.items() for n, a in own.items()},
+                meta | {part: own for part, (_, own) in parts.items()},
             )
 
     # ---- numbers ----

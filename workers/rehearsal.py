@@ -18,6 +18,7 @@ from models.bundle import Bundle
 from models.dataset import OHLCV, History, histories, load_bars
 from models.pipeline import forecast
 from models.remedy import apply, choose, lesson, recent_excess
+from models.running_loss import running_losses, runs_up
 from models.scoring import Floats, loss
 from models.splits import Span
 from schemas.messages import Challenger, Policy, Role, Slot
@@ -72,6 +73,7 @@ class Market:
         config = bundle.config
         self.bars = load_bars(bars)
         self.target = config.targets[0]
+        self.runs_up = runs_up(self.target)
         self.interval_ms = config.features.interval_ms
         self.past: list[History] = histories(self.bars, config.features, config.targets)
         self.variances = [
@@ -87,37 +89,59 @@ class Market:
 
 
 class _Forecasts:
-    """Losses of one bundle, computed some weeks ahead when first asked for."""
+    """Losses of one bundle in one role, computed some weeks ahead when first asked for."""
 
-    def __init__(self, bundle: Bundle, market: Market, from_ts: int) -> None:
+    def __init__(self, bundle: Bundle, market: Market, from_ts: int, role_from_ts: int) -> None:
         self.bundle, self._market = bundle, market
         self._said: list[Floats] = [np.full(len(h.ts), np.nan) for h in market.past]
-        self._from_ts = self._until_ts = from_ts
+        self._matured: list[Floats] = []
+        self._judged: list[Floats] = []
+        self._until_ts, self._role_from_ts = from_ts, role_from_ts
 
-    def rows(self, span: Span, symbol_rows: Sequence[slice], holder: int) -> NDArray[np.void]:
-        """ROW[n] of the bars of the span, which were forecast at its bundle's weights."""
+    def rows(
+        self, span: Span, symbol_rows: Sequence[slice], holder: int
+    ) -> tuple[NDArray[np.void], NDArray[np.void]]:
+        """ROW[n] of the bars of the span: what the judge goes by, and losses of matured forecasts."""
         while self._until_ts < span.to_ts:
-            until = self._until_ts + AHEAD_MS
-            # A label that matures after the span's end is none: look a week further, keep what counts.
-            wide = Span(self._until_ts, until + AHEAD_MS // 4)
-            for said, new in zip(
-                self._said, forecast(self.bundle, self._market.past, wide), strict=True
-            ):
-                said[np.isnan(said)] = new[np.isnan(said), 0]
-            self._until_ts = until
-        parts = []
-        reference = self.bundle.config.references[0]
-        target = self._market.target
+            self._look_ahead()
+        judged, matured = [], []
         for i, rows in enumerate(symbol_rows):
             h = self._market.past[i]
-            part = np.zeros(rows.stop - rows.start, ROW)
-            part["ts"], part["matured_ts"] = h.ts[rows], h.known_ts[rows]
-            part["symbol"], part["holder"] = i, holder
-            part["loss"] = loss(target, self._said[i][rows], h.y[rows, 0])
-            known = reference.forecast(target, self._market.variances[i][rows])
-            part["reference_loss"] = loss(target, known, h.y[rows, 0])
-            parts.append(part[np.isfinite(part["loss"]) & np.isfinite(part["reference_loss"])])
-        return np.concatenate(parts)
+            known_ts = h.ts[rows] if self._market.runs_up else h.known_ts[rows]
+            judged.append(_rows_of(h.ts[rows], known_ts, i, holder, self._judged[i][rows]))
+            matured.append(_rows_of(h.ts[rows], known_ts, i, holder, self._matured[i][rows]))
+        return np.concatenate(judged), np.concatenate(matured)
+
+    def _look_ahead(self) -> None:
+        market, until = self._market, self._until_ts + AHEAD_MS
+        # A label that matures after the span's end is none: look a week further, keep what counts.
+        wide = Span(self._until_ts, until + AHEAD_MS // 4)
+        new = forecast(self.bundle, market.past, wide)
+        self._until_ts = until
+        self._matured, self._judged = [], []
+        reference = self.bundle.config.references[0]
+        for h, own, variances, newer in zip(
+            market.past, self._said, market.variances, new, strict=True
+        ):
+            own[np.isnan(own)] = newer[np.isnan(own), 0]
+            both = np.stack([own, reference.forecast(market.target, variances)], axis=1)
+            matured = loss(market.target, both, h.y[:, :1])
+            self._matured.append(matured)
+            if market.runs_up:
+                both[h.ts < self._role_from_ts] = np.nan
+                spec = self.bundle.config.features
+                matured = running_losses(market.target, spec, h.ts, h.ohlcv, both)
+            self._judged.append(matured)
+
+
+def _rows_of(
+    ts: NDArray[np.int64], known_ts: NDArray[np.int64], symbol: int, holder: int, losses: Floats
+) -> NDArray[np.void]:
+    """Of losses f64[n, 2] those that there are."""
+    rows = np.zeros(len(ts), ROW)
+    rows["ts"], rows["matured_ts"], rows["symbol"], rows["holder"] = ts, known_ts, symbol, holder
+    rows["loss"], rows["reference_loss"] = losses.T
+    return rows[np.isfinite(losses).all(axis=1)]
 
 
 def walk(
@@ -136,17 +160,19 @@ class _Walker:
         self._from_ts = from_ts
         self._holders: list[Holder] = []
         self._bundles: dict[str, Bundle] = {}
-        self._forecasts: dict[str, _Forecasts] = {}
+        self._forecasts: dict[tuple[str, int], _Forecasts] = {}
+        """By role and the bar time from which a bundle has it."""
         self._tried: set[Policy] = set()
         self._answered_ts = -(10**15)
         self._answered: tuple[str, int] | None = None
         """The alarm that was answered last: champion, and since when it is worse."""
-        self._champion = champion
+        self._champion, self._champion_from_ts = champion, from_ts
         self._challengers: dict[Slot, tuple[Bundle, int]] = {}
         """In shadow, each from a bar time on."""
         self._retired: set[str] = set()
         symbols = [(0, h.symbol) for h in market.past]
-        self._judge = Judge(settings.monitor, market.interval_ms, symbols, self._holders)
+        pair_bars = market.target.horizon if market.runs_up else 1
+        self._judge = Judge(settings.monitor, market.interval_ms, symbols, self._holders, pair_bars)
         self._take("champion", champion, from_ts, None)
 
     def run(self) -> Walk:
@@ -157,13 +183,15 @@ class _Walker:
                 slice(*np.searchsorted(h.ts, (span.from_ts, span.to_ts)).tolist())
                 for h in self._market.past
             ]
-            mine = self._rows(self._champion, "champion", span, rows)
-            parts.append(mine[["ts", "holder", "loss", "reference_loss"]])
-            said = [mine]
+            mine, matured = self._rows(
+                self._champion, "champion", self._champion_from_ts, span, rows
+            )
+            parts.append(matured[["ts", "holder", "loss", "reference_loss"]])
+            judged = [mine]
             for challenger, from_ts in self._challengers.values():
-                shadow = self._rows(challenger, "challenger", span, rows)
-                said.append(shadow[shadow["ts"] >= from_ts])
-            self._judge.add(np.concatenate(said))
+                shadow, _ = self._rows(challenger, "challenger", from_ts, span, rows)
+                judged.append(shadow[shadow["ts"] >= from_ts])
+            self._judge.add(np.concatenate(judged))
             now_ts = int(block[-1])
             for verdict in list(self._judge.verdicts(whole=[0])):
                 if isinstance(verdict, Alarm):
@@ -186,15 +214,15 @@ class _Walker:
                 yield session[i : i + BLOCK_BARS], i + BLOCK_BARS >= len(session)
 
     def _rows(
-        self, bundle: Bundle, role: Role, span: Span, rows: Sequence[slice]
-    ) -> NDArray[np.void]:
+        self, bundle: Bundle, role: Role, from_ts: int, span: Span, rows: Sequence[slice]
+    ) -> tuple[NDArray[np.void], NDArray[np.void]]:
         holder = Holder(bundle.version, role)
         if holder not in self._holders:
             self._holders.append(holder)
-        if bundle.version not in self._forecasts:
-            self._forecasts[bundle.version] = _Forecasts(bundle, self._market, span.from_ts)
-        found = self._forecasts[bundle.version]
-        return found.rows(span, rows, self._holders.index(holder))
+        key = role + bundle.version, from_ts
+        if key not in self._forecasts:
+            self._forecasts[key] = _Forecasts(bundle, self._market, span.from_ts, from_ts)
+        return self._forecasts[key].rows(span, rows, self._holders.index(holder))
 
     def _on_alarm(self, alarm: Alarm, now_ts: int) -> None:
         what: Literal["alarm", "alarm_again"] = "alarm_again" if alarm.repeats else "alarm"
@@ -246,7 +274,7 @@ class _Walker:
     def _take(self, slot: Slot, bundle: Bundle, from_ts: int, parent: str | None) -> None:
         self._bundles[bundle.version] = bundle
         if slot == "champion":
-            self._champion = bundle
+            self._champion, self._champion_from_ts = bundle, from_ts
             self._tried = set()
         else:
             self._walk.steps.append(Step("challenger", from_ts, bundle.version))

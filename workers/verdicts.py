@@ -1,8 +1,8 @@
-"""What outcomes say about a champion and its rivals: alarms, promotions, refusals, rollbacks.
+"""What losses say about a champion and its rivals: alarms, promotions, refusals, rollbacks.
 
-Pure: outcomes and lifecycle records go in, verdicts come out. Outcomes are pooled over symbols by
-bar time, and a bar time is settled when every partition that is not idle has gone on, so that the
-verdicts do not depend on how partitions interleave.
+Pure: losses (`workers.scoring`) and lifecycle records go in, verdicts come out. Losses are pooled
+over symbols by bar time, and a bar time is settled when every partition that is not idle has gone on,
+so that the verdicts do not depend on how partitions interleave.
 
 Rivals are the challengers and the arms of an A/B test: each is compared with the champion on the
 bars of both (in an arm, with what the champion says beside it). The slots for challengers share
@@ -55,7 +55,8 @@ ROW = np.dtype(
         ("reference_loss", "f8"),
     ]
 )
-"""One outcome: `symbol` is a place in the judge's `symbols`, `holder` one in its `holders`."""
+"""One loss, of the bar `ts`, known at `matured_ts`; `symbol` is a place in the judge's `symbols`,
+`holder` one in its `holders`."""
 
 Rows = NDArray[np.void]
 
@@ -163,9 +164,10 @@ class Judge:
         interval_ms: int,
         symbols: Sequence[tuple[int, str]],
         holders: Sequence[Holder],
+        pair_bars: int = 1,
     ) -> None:
-        """`symbols` as (partition, name) and `holders` may grow later on."""
-        self._settings, self._interval_ms = settings, interval_ms
+        """`symbols` as (partition, name) and `holders` may grow later on; `pair_bars` as in `Comparison`."""
+        self._settings, self._interval_ms, self._pair_bars = settings, interval_ms, pair_bars
         self._symbols, self._holders = symbols, holders
         self._watch = frozenset(settings.watch)
         self._champion: _Champion | None = None
@@ -188,7 +190,7 @@ class Judge:
             )
 
     def add(self, rows: Rows) -> None:
-        """Outcomes ROW[n] of any bundle and role, in the order of their partition."""
+        """Losses ROW[n] of any bundle and role, in the order of their partition."""
         for partition in np.unique(rows["partition"]).tolist():
             self._hear(partition, rows[rows["partition"] == partition])
         if self._watch:
@@ -625,6 +627,7 @@ class Judge:
                 held.detector = self._new_detector(calibration, held.detector.export())
                 for rival in self._rivals.values():
                     rival.comparison.least_scale = LEAST_SCALE * calibration.sd
+                    rival.comparison.usual_scale = calibration.pair_sd
         else:
             probation = int(record.evidence.get("probation_bars", 0))
             self._champion = self._new_champion(
@@ -674,8 +677,11 @@ class Judge:
             rule = Rule(alpha=settings.alpha, max_bars=ENDLESS)
         calibration = self._champion and self._champion.calibration
         least = LEAST_SCALE * calibration.sd if calibration else 0.0
+        usual = calibration.pair_sd if calibration else 0.0
         from_ts = effective_ts if from_ts is None else from_ts
-        return _Rival(holder, effective_ts, from_ts, Comparison(rule, least))
+        return _Rival(
+            holder, effective_ts, from_ts, Comparison(rule, least, usual, self._pair_bars)
+        )
 
 
 def level_of(settings: MonitorSettings, slot: Slot) -> float:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.optimize import brentq  # type: ignore[import-untyped]
 
 from models.baselines import HALF_LIVES_BARS, history
 from models.comparison import Rule
@@ -53,20 +54,26 @@ def test_the_simulated_variances_are_what_the_product_keeps_of_the_same_bars() -
     assert monitor_arl.log_realised(r2, 5)[:, 0] == pytest.approx(y, abs=1e-6)
 
 
-def make_watched(calm: float, bad: float) -> monitor_arl.Watched:
+HORIZON = 5
+
+
+def make_watched(calm: float) -> monitor_arl.Watched:
+    """What is watched is `calm` at every bar; both forecasters know the variance, which is 1."""
     calibration = Calibration(
-        low=-9.0, high=9.0, mean=0.0, sd=1.0, correlation=1.0, threshold=3.5, arl0_bars=10,
-        block_bars=1, n=10,
-    )  # fmt: skip
-    n = monitor_arl.BEFORE_BARS + monitor_arl.LONGEST_BARS
-    return monitor_arl.Watched(calibration, np.full((n, 1), calm), {1.5: np.full((n, 1), bad)})
+        mean=0.0, sd=1.0, correlation=1.0, threshold=3.5, arl0_bars=10, block_bars=1, n=10
+    )
+    n = monitor_arl.BEFORE_BARS + monitor_arl.LONGEST_BARS + HORIZON
+    watched = np.full((n, 1), calm)
+    return monitor_arl.Watched(calibration, watched, np.ones((n, 1)), np.zeros((n, 1, 2)))
 
 
 def test_alarms_are_counted_over_the_bars_that_were_watched() -> None:
     # 0.75 a bar: an alarm at every fifth bar that is looked at, then twenty bars of none.
-    assert monitor_arl.measured_arl0([make_watched(1.0, 2.0)], quiet=20) == pytest.approx(5.0)
+    assert monitor_arl.measured_arl0([make_watched(1.0)], quiet=20) == pytest.approx(5.0)
 
 
 def test_a_delay_counts_from_the_first_biased_forecast() -> None:
-    # 1.75 a bar: the third stands at 5.25.
-    assert monitor_arl.delay_bars([make_watched(0.0, 2.0)], 1.5) == 3.0
+    # exp(b) - 1 - b = 2.5 is lost by a forecast that is biased: 0.5 more with each of five bars.
+    bias = float(np.exp(brentq(lambda b: np.exp(b) - 1 - b - 2.5, 0, 3) / 2))
+    # 0.25, 1.0, 2.25, 4.0: what is above the slack adds up beyond 3.5 at the fourth.
+    assert monitor_arl.delay_bars([make_watched(0.0)], bias, HORIZON) == 4.0

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from models.targets import Target
-from schemas.codecs import encode
+from schemas.codecs import BarColumns, encode
 from schemas.messages import Degradation, Lifecycle
 from tests.workers.builders import make_bundle
 from tests.workers.test_monitor import CALM
@@ -322,20 +322,30 @@ def test_the_report_says_so_when_the_swap_was_shown_on_simulated_bars(
     assert "shown on simulated ones" in " ".join(demo_report._alarms(director))
 
 
-def test_the_reports_statistic_is_the_monitors_over_what_it_published(director: Director) -> None:
+def test_the_reports_statistic_is_the_monitors_over_what_was_published(director: Director) -> None:
+    target = Target(kind="volatility", horizon=30)
     calm = CALM.model_copy(update={"arl0_bars": 5_000, "n": 5_000})
-    bundle = make_bundle(0, targets=(Target(kind="volatility", horizon=30),))
+    bundle = make_bundle(0, targets=(target,))
     bundle = replace(bundle, config=bundle.config.model_copy(update={"calibrations": (calm,)}))
     record = Lifecycle.model_validate_json(make_record("champion", bundle.version, OPEN))
-    n = 50
+    n = 90
     ts = OPEN + MINUTE * np.arange(n)
-    outcomes = pd.DataFrame(
-        dict.fromkeys(proof._Outcome.__struct_fields__, 0.0)
-        | {"symbol": "SPY", "ts": ts, "matured_ts": ts + 30 * MINUTE, "role": "champion"}
-        | {"bundle": bundle.version, "loss": 1.0, "reference_loss": 0.0}
+    close = 100 * np.exp(1e-3 * np.cumsum(np.random.default_rng(0).standard_normal(n)))
+    bars = BarColumns(["SPY"] * n, ts, np.repeat(close, 5).reshape(n, 5))
+    log = proof.BarsLog(bars, np.zeros(n, np.int64), np.zeros(n, np.int64))
+    said = pd.DataFrame(
+        {
+            "symbol": "SPY",
+            "ts": ts,
+            "target": target.name,
+            "value": np.log(1e-7),
+            "role": "champion",
+        }
+        | {"bundle": bundle.version}
     )
-    evidence = replace(make_evidence(), bundles={bundle.version: bundle})
+    evidence = replace(make_evidence(), log=log, predictions=said, bundles={bundle.version: bundle})
     director.lifecycle.append(record)
-    series = demo_report._replay_monitor(evidence, director, outcomes)
+    series = demo_report._replay_monitor(evidence, director, ["SPY"])
     assert series["statistic"].max() > 5
     assert set(series["bundle"]) == {bundle.version}
+    assert series["ts"].iloc[0] == ts[31]  # the first bar after a whole horizon of forecasts

@@ -8,7 +8,7 @@ compiled loops.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from models.dataset import histories, load_bars
 from models.drift import Calibration, alarms_in, calibrate
 from models.features import FeatureSpec
 from models.pipeline import Recipe, fit_bundle, forecast, score
-from models.scoring import loss
+from models.running_loss import RunningLosses
 from models.simulation import Break, Scenario, Simulator
 from models.splits import Span
 from models.targets import Target
@@ -63,8 +63,10 @@ class Watched:
 
     calibration: Calibration
     differences: Floats
-    biased: dict[float, Floats]
-    """The same with forecasts of the volatility that many times too low."""
+    r2: Floats
+    said: Floats
+    """Squared returns f64[n, symbols], and what champion and reference said f64[n, symbols, 2] at the
+    close of these bars; empty where no bias is tried."""
 
 
 def run(seeds: int = 2, *, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -77,13 +79,12 @@ def run(seeds: int = 2, *, say: Callable[[str], None] = lambda text: None) -> di
     rows: list[dict[str, Any]] = []
     delays: list[dict[str, Any]] = []
 
-    def show(
-        symbols: int, forecaster: str, horizon: int, watched: Sequence[Watched], onset: bool = True
-    ) -> None:
+    def show(symbols: int, forecaster: str, horizon: int, watched: Sequence[Watched]) -> None:
         what = {"stream": f"GARCH t5, {symbols} symbol(s), {horizon} bars ahead"}
         rows.append({**what, "forecaster": forecaster, **measured(watched, horizon)})
-        if onset:
-            delays.append({**what, **{f"{b}x": delay_bars(watched, b) for b in BIASES}})
+        if watched[0].said.size:
+            biases = {f"{b}x": delay_bars(watched, b, horizon) for b in BIASES}
+            delays.append({**what, **biases})
 
     for symbols, n in ((1, MARKETS), (POOLED_SYMBOLS, POOLS)):
         for horizon in HORIZONS:
@@ -93,23 +94,19 @@ def run(seeds: int = 2, *, say: Callable[[str], None] = lambda text: None) -> di
         say(f"training champion {seed + 1} of {seeds}")
     trained = [life for seed in range(seeds) for life in _trained(seed, HORIZONS[-1])]
     if trained:
-        show(1, "trained", HORIZONS[-1], trained, onset=False)
-    quickest = min(delays, key=lambda row: row["1.5x"])
+        show(1, "trained", HORIZONS[-1], trained)
     return {
         "rows": rows,
-        "delay_bars_1_5x": quickest["1.5x"],
-        "delay_bars_1_2x": quickest["1.2x"],
+        "delay_bars_1_5x": float(np.median([row["1.5x"] for row in delays])),
+        "delay_bars_1_2x": float(np.median([row["1.2x"] for row in delays])),
         "delays": delays,
     }
 
 
 def measured(watched: Sequence[Watched], horizon: int) -> dict[str, Any]:
-    means = [
-        np.nanmean(np.clip(w.differences, w.calibration.low, w.calibration.high)) for w in watched
-    ]
+    mean = float(np.mean([np.nanmean(w.differences) for w in watched]))
     informed = [
-        Watched(w.calibration.model_copy(update={"mean": float(np.mean(means))}), w.differences, {})
-        for w in watched
+        replace(w, calibration=w.calibration.model_copy(update={"mean": mean})) for w in watched
     ]
     alarms, bars = _counts(watched, OVER_BARS)
     rates = np.array([alarms, bars], float)
@@ -149,21 +146,19 @@ def _alarms(champion: Watched, z: Floats, quiet: int) -> NDArray[np.int64]:
     return alarms_in("cusum", z, calibration.threshold, calibration.slack, quiet)
 
 
-def delay_bars(watched: Sequence[Watched], bias: float) -> float:
-    """Median bars from the first biased forecast to the alarm, where there was none just before.
-
-    Counted in forecasts scored: their labels are known a horizon later.
-    """
+def delay_bars(watched: Sequence[Watched], bias: float, horizon: int) -> float:
+    """Median bars from the first biased forecast to the alarm, where there was none just before."""
     delays = []
     for champion in watched:
-        calm = pooled_of(champion.calibration, champion.differences)
-        bad = pooled_of(champion.calibration, champion.biased[bias])
-        last = len(bad) - LONGEST_BARS
-        for onset in np.linspace(BEFORE_BARS, last, ONSETS).astype(int).tolist():
-            z = np.append(calm[onset - BEFORE_BARS : onset], bad[onset : onset + LONGEST_BARS])
+        last = len(champion.said) - LONGEST_BARS
+        for onset in np.linspace(BEFORE_BARS + horizon, last, ONSETS).astype(int).tolist():
+            some = slice(onset - BEFORE_BARS - horizon, onset + LONGEST_BARS)
+            said = champion.said[some].copy()
+            said[BEFORE_BARS + horizon :, :, 0] -= 2 * np.log(bias)
+            z = pooled_of(champion.calibration, differences(horizon, champion.r2[some], said))
             first = (*_alarms(champion, z, len(z)).tolist(), len(z))[0]
-            if first >= BEFORE_BARS:
-                delays.append(min(first - BEFORE_BARS + 1, LONGEST_BARS))
+            if first > BEFORE_BARS:  # the first `horizon` bars have no difference
+                delays.append(min(first - BEFORE_BARS, LONGEST_BARS))
     return float(np.median(delays))
 
 
@@ -188,15 +183,30 @@ def perfect(seed: int, symbols: int, horizon: int) -> Watched:
     known = [(past[:CALIBRATED_BARS, s], y[:CALIBRATED_BARS, s]) for s in range(symbols)]
     reference = fit_reference(target, known)
     flat = reference.forecast(target, past.reshape(-1, past.shape[2])).reshape(y.shape)
-    reference_losses = loss(target, flat, y)
-    differences = loss(target, said, y) - reference_losses
-    calibration = calibrate(differences[:CALIBRATED_BARS], horizon, ARL0_BARS, seed=0)
+    both = np.stack([said, flat], axis=2)
+    r2 = r2[at]
+    watched = differences(horizon, r2, both)
+    calibration = calibrate(
+        watched[:CALIBRATED_BARS], horizon, ARL0_BARS, seed=0, pair_bars=horizon
+    )
     some = slice(CALIBRATED_BARS, CALIBRATED_BARS + 30_000)
-    biased = {
-        bias: loss(target, said[some] - 2 * np.log(bias), y[some]) - reference_losses[some]
-        for bias in BIASES
-    }
-    return Watched(calibration, differences[CALIBRATED_BARS:], biased)
+    return Watched(calibration, watched[CALIBRATED_BARS:], r2[some], both[some])
+
+
+def differences(horizon: int, r2: Floats, said: Floats) -> Floats:
+    """Running losses of the one forecaster less those of the other f64[n, S], NaN in the first rows.
+
+    r2 f64[n, S] is each bar's, said f64[n, S, 2] at its close.
+    """
+    n, symbols = r2.shape
+    running = RunningLosses(Target(kind="volatility", horizon=horizon), SPEC, symbols)
+    ts = FIRST_TS + MINUTE_MS * np.repeat(np.arange(n - 1), symbols)
+    slots = np.tile(np.arange(symbols), n - 1)
+    before, r2 = said[:-1].reshape(-1, 2), np.ascontiguousarray(r2[1:]).ravel()
+    losses = running.update(slots, ts, ts + MINUTE_MS, r2, np.ascontiguousarray(before))
+    found = np.full((n, symbols), np.nan)
+    found[1:] = (losses[:, 0] - losses[:, 1]).reshape(n - 1, symbols)
+    return found
 
 
 def log_realised(r2: Floats, horizon: int) -> Floats:
@@ -264,10 +274,12 @@ def _trained(seed: int, horizon: int) -> list[Watched]:
     span = Span(int(past[0].ts[0]), int(past[0].ts[-1]) + 1)
     lives = []
     for scored in score(bundle, past, forecast(bundle, past, span)):
-        own = scored.losses - scored.reference_losses
-        own = own[np.isfinite(own[:, 0])]
-        calibration = calibrate(own[:CALIBRATED_BARS], horizon, ARL0_BARS, seed=0)
-        lives.append(Watched(calibration, own[CALIBRATED_BARS:], {}))
+        own = scored.watched[np.isfinite(scored.watched[:, 0])]
+        calibration = calibrate(
+            own[:CALIBRATED_BARS], horizon, ARL0_BARS, seed=0, pair_bars=horizon
+        )
+        none = np.zeros((0, 1))
+        lives.append(Watched(calibration, own[CALIBRATED_BARS:], none, none))
     return lives
 
 

@@ -1,7 +1,7 @@
 """How often a challenger that is no better is promoted, and how soon one that is better.
 
-Simulated as the monitor sees it: losses (QLIKE) of two forecasters on the same bars, with overlapping
-labels of heavy-tailed returns and errors that last, looked at after every bar.
+Simulated as the monitor sees it: running losses of two forecasters on the same bars, of heavy-tailed
+returns and with errors that last, looked at after every bar.
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from models.comparison import Comparison, Rule, Verdict
 from models.scoring import loss
 from models.targets import Target
+from workers.bench.monitor_arl import differences, log_realised
 from workers.config import MonitorSettings
 
 Floats = NDArray[np.float64]
@@ -37,11 +38,12 @@ def run(runs: int = 1_000, seed: int = 0) -> dict[str, Any]:
     rule = Rule(alpha=settings.alpha, max_bars=settings.max_shadow_bars)
     rng = np.random.default_rng(seed)
     known = _loss_of_knowing(rng)
+    usual = {symbols: usual_scale(rng, symbols) for symbols in SYMBOLS}
 
     def endings(champion_factor: float, challenger_factor: float, symbols: int) -> list[Ending]:
         sds = (_sd_for(known, champion_factor), _sd_for(known, challenger_factor))
         n = runs if champion_factor <= challenger_factor else max(runs // 5, 10)
-        return [compare(rule, rng, *sds, symbols) for _ in range(n)]
+        return [compare(rule, rng, *sds, symbols, usual[symbols]) for _ in range(n)]
 
     power = []
     for symbols in SYMBOLS:
@@ -76,31 +78,42 @@ def compare(
     champion_sd: float,
     challenger_sd: float,
     symbols: int = 1,
+    usual: float = 0.0,
 ) -> Ending:
-    """One comparison to its end, by the rule that the monitor goes by."""
+    """One comparison to its end, by the rule that the monitor goes by; `usual` is the usual scale."""
     n, h = rule.max_bars, TARGET.horizon
-    y = realised(rng, n, symbols)
-    shared, own, other = (errors(rng, n, symbols) for _ in range(3))
+    shared, own, other = (errors(rng, n + h, symbols) for _ in range(3))
     ours, theirs = (
         sd * (np.sqrt(SHARED) * shared + np.sqrt(1 - SHARED) * rest)
         for sd, rest in ((champion_sd, own), (challenger_sd, other))
     )
-    gains = (loss(TARGET, ours, y) - loss(TARGET, theirs, y)).mean(axis=1)
-    comparison = Comparison(rule)
-    for ts, gain in enumerate(gains.tolist()):
-        if comparison.update(ts, ts + h, gain):
+    gains = differences(h, squares(rng, n + h, symbols), np.stack([ours, theirs], axis=2))[h:]
+    comparison = Comparison(rule, usual_scale=usual, pair_bars=h)
+    for ts, gain in enumerate(gains.mean(axis=1).tolist()):
+        if comparison.update(ts, ts, gain):
             evidence = comparison.get()
             if evidence.verdict != "continue":
                 return Ending(evidence.verdict, ts + 1)
     raise AssertionError("the longest duration ends every comparison")
 
 
+def usual_scale(rng: np.random.Generator, symbols: int) -> float:
+    """By which a pair's differences vary while all is well: champion and a reference as good as it."""
+    h, n = TARGET.horizon, 20_000
+    said = np.stack([ERROR_SD * errors(rng, n + h, symbols) for _ in range(2)], axis=2)
+    means = differences(h, squares(rng, n + h, symbols), said)[h:].mean(axis=1)
+    return float(np.std(means[: n // h * h].reshape(-1, h).mean(axis=1)))
+
+
+def squares(rng: np.random.Generator, n: int, symbols: int) -> Floats:
+    """Squared returns of variance 1, f64[n, symbols]."""
+    nu = DEGREES_OF_FREEDOM
+    return np.asarray(rng.standard_t(nu, (n, symbols)) ** 2 * (nu - 2) / nu)
+
+
 def realised(rng: np.random.Generator, n: int, symbols: int) -> Floats:
     """Log of the mean of `horizon` squared returns of variance 1, f64[n, symbols]: labels overlap."""
-    h, nu = TARGET.horizon, DEGREES_OF_FREEDOM
-    squares = rng.standard_t(nu, (n + h, symbols)) ** 2 * (nu - 2) / nu
-    sums = np.cumsum(np.vstack([np.zeros((1, symbols)), squares]), axis=0)
-    return np.asarray(np.log((sums[h:] - sums[:-h])[:n] / h))
+    return log_realised(squares(rng, n + TARGET.horizon, symbols), TARGET.horizon)[:n]
 
 
 def errors(rng: np.random.Generator, n: int, symbols: int) -> Floats:
