@@ -1,4 +1,4 @@
-"""A bundle on PyTorch, on the CPU or a CUDA device: the reference runtime."""
+"""A bundle on PyTorch, each operation as it is called: the reference runtime."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -21,8 +21,6 @@ class TorchRuntime:
 
     def __init__(self, bundle: Bundle, capacity: int = 0, device: str = "cpu") -> None:
         """Raises BundleRejected if the weights do not fit the network."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.bundle = bundle
         network = load_network(bundle).to(device)
         assert isinstance(network, CausalNetwork)
