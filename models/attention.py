@@ -159,7 +159,7 @@ class Attention(nn.Module):
         # full rings by position % T: two small tables in place of arithmetic on [B, T].
         positions = torch.arange(2 * T, device=q.device).unsqueeze(1)
         lag_of_slot = (positions - torch.arange(T, device=q.device)) % T
-        seen = lag_of_slot.where(lag_of_slot <= positions, HIDDEN)
+        seen = lag_of_slot.masked_fill(lag_of_slot > positions, HIDDEN)
         row = position.where(position < T, T + position % T)
         bias = self.lag_bias(seen.unsqueeze(1))[row]
 

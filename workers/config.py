@@ -145,6 +145,7 @@ class Settings(BaseSettings):
     replica: str = "0"
     """Name of this replica's slot: stable across restarts, unique among live replicas."""
     device: str = "auto"
+    """cpu, cuda, or cuda:N; auto: a GPU where there is one that torch can use, else the CPU."""
     runtime: str = "auto"
     """One of `models.runtimes.RUNTIMES`; a bundle that it cannot run is rejected. auto: the fastest."""
     kafka: KafkaSettings = KafkaSettings()

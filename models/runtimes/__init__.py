@@ -220,9 +220,13 @@ def _open(bundle: Bundle, name: str, device: str) -> Runtime:
         from models.runtimes.torch_window import TorchWindowRuntime
 
         return TorchWindowRuntime(bundle, device)
+    if _is_cuda(device):
+        from models.runtimes.cuda import CudaRuntime
+
+        return CudaRuntime(bundle, device="cuda" if device == "auto" else device)
     from models.runtimes.torch import TorchRuntime
 
-    return TorchRuntime(bundle, device=device)
+    return TorchRuntime(bundle, device="cpu" if device == "auto" else device)
 
 
 def _run(

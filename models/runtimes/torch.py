@@ -1,7 +1,7 @@
-"""A bundle on PyTorch, on the CPU or a CUDA device: the reference runtime."""
+"""A bundle on PyTorch, each operation as it is called: the reference runtime."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,12 +12,15 @@ from models.network import CausalNetwork, Network, State
 from models.runtimes import Slots, Step, rebuild_steps
 from models.window_network import build_network
 
+Floats = NDArray[np.float32]
+
 
 class TorchRuntime:
+    spare_rows: ClassVar[int] = 0
+    """Rows of the state behind the last slot, which `export`, `load` and `reset` never reach."""
+
     def __init__(self, bundle: Bundle, capacity: int = 0, device: str = "cpu") -> None:
         """Raises BundleRejected if the weights do not fit the network."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.bundle = bundle
         network = load_network(bundle).to(device)
         assert isinstance(network, CausalNetwork)
@@ -27,18 +30,15 @@ class TorchRuntime:
         self._state = self.network.initial_state(0)
         self.grow(capacity)
 
-    def step(self, slots: Slots, x: NDArray[np.float32]) -> Step:
-        scaled = torch.from_numpy(self.bundle.scaler.transform(x)).to(self._device)
-        outputs, weights, _ = self.network.step(scaled, self._state, self._rows(slots))
+    def step(self, slots: Slots, x: Floats) -> Step:
+        outputs, weights = self._advance(slots, x)
         self.steps_seen[slots] += 1
-        return Step(*self.bundle.values(outputs.numpy(force=True)), weights.numpy(force=True))
+        return Step(*self.bundle.values(outputs), weights)
 
-    def rebuild(self, slots: Slots, x: NDArray[np.float32], lengths: Slots) -> None:
+    def rebuild(self, slots: Slots, x: Floats, lengths: Slots) -> None:
         self.reset(slots)
-        scaled = self.bundle.scaler.transform(x)
-        on_device = torch.from_numpy(scaled).to(self._device)
         for row, runs in rebuild_steps(lengths, x.shape[1]):
-            self.network.step(on_device[runs, row], self._state, self._rows(slots[runs]))
+            self._advance(slots[runs], x[runs, row])
         self.steps_seen[slots] = lengths
 
     def reset(self, slots: Slots) -> None:
@@ -50,16 +50,17 @@ class TorchRuntime:
         self.steps_seen[slots] = 0
 
     def grow(self, capacity: int) -> None:
-        old, more = self._state, capacity - len(self.steps_seen)
+        old, slots = self._state, len(self.steps_seen)
+        more = capacity - slots
         if more <= 0:
             return
-        new = self.network.initial_state(more, self._device)
+        new = self.network.initial_state(more + self.spare_rows, self._device)
         self._state = State(
-            h=torch.cat([old.h, new.h], 1),
-            c=torch.cat([old.c, new.c], 1),
-            keys=torch.cat([old.keys, new.keys]),
-            values=torch.cat([old.values, new.values]),
-            steps=torch.cat([old.steps, new.steps]),
+            h=torch.cat([old.h[:, :slots], new.h], 1),
+            c=torch.cat([old.c[:, :slots], new.c], 1),
+            keys=torch.cat([old.keys[:slots], new.keys]),
+            values=torch.cat([old.values[:slots], new.values]),
+            steps=torch.cat([old.steps[:slots], new.steps]),
         )
         self.steps_seen = np.concatenate([self.steps_seen, np.zeros(more, np.int64)])
 
@@ -84,6 +85,12 @@ class TorchRuntime:
         mine.values[rows] = saved["values"]
         mine.steps[rows] = saved["steps"]
         self.steps_seen[slots] = state["steps"]
+
+    def _advance(self, slots: Slots, x: Floats) -> tuple[Floats, Floats]:
+        """From x f32[n, F] unscaled: outputs f32[n, O], weights f32[n, T] by lag."""
+        scaled = torch.from_numpy(self.bundle.scaler.transform(x)).to(self._device)
+        outputs, weights, _ = self.network.step(scaled, self._state, self._rows(slots))
+        return outputs.numpy(force=True), weights.numpy(force=True)
 
     def _rows(self, slots: Slots) -> slice | torch.Tensor:
         """A slice where the slots are a run, which spares the copies of a gather."""

@@ -19,6 +19,7 @@ from models.features import F
 from models.network_config import NetworkConfig
 from models.runtimes import (
     RUNTIMES,
+    TOLERANCE,
     Runtime,
     Slots,
     Step,
@@ -27,6 +28,7 @@ from models.runtimes import (
     set_threads,
     with_golden,
 )
+from models.runtimes.cuda import CudaRuntime
 from models.runtimes.numba import NumbaRuntime
 from models.runtimes.torch import TorchRuntime, load_network
 from models.tabular import TabularConfig, outputs_of
@@ -39,8 +41,17 @@ from tests.models.networks import (
     variations,
 )
 
-ATOL = 1e-5
-AVAILABLE = {name for name, library in RUNTIMES.items() if find_spec(library)}
+ATOL = TOLERANCE if torch.cuda.is_available() else 1e-5
+"""A GPU has sums and exponentials of its own."""
+FIXED, CUDA = "fixed", "cuda"
+"""What torch does on a GPU: on the CPU, where only graphs are missing, and on one."""
+ABSENT = {
+    name: f"{library} is not installed"
+    for name, library in RUNTIMES.items()
+    if not find_spec(library)
+}
+if not torch.cuda.is_available():
+    ABSENT[CUDA] = "no CUDA device"
 
 Floats = NDArray[np.float32]
 
@@ -53,6 +64,7 @@ RUNS: dict[str, NetworkConfig | TabularConfig] = {
     "tabular": TabularConfig(n_features=F, outputs=(1,)),
 }
 CASES: list[Case] = [(name, what) for what, run in RUNS.items() for name in runtimes_of(run)]
+CASES += [(FIXED, "carried"), (CUDA, "carried")]
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "carried": [
@@ -79,8 +91,7 @@ def make_any_bundle(what: str, **options: Any) -> Bundle:
 
 def make_runtime(case: Case, capacity: int = 0, **options: Any) -> Runtime:
     name, what = case
-    skip_without(name)
-    runtime = open_runtime(make_any_bundle(what, **options), name, "cpu")
+    runtime = opened(make_any_bundle(what, **options), name)
     runtime.grow(max(capacity, len(runtime.steps_seen)))
     return runtime
 
@@ -89,9 +100,16 @@ def make_x(*shape: int, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).normal(1.0, 3.0, (*shape, F)).astype(np.float32)
 
 
-def skip_without(name: str) -> None:
-    if name not in AVAILABLE:
-        pytest.skip(f"{RUNTIMES[name]} is not installed")
+def opened(bundle: Bundle, name: str) -> Runtime:
+    if name in ABSENT:
+        pytest.skip(ABSENT[name])
+    if name == CUDA:
+        return open_runtime(bundle, "torch", "cuda")
+    if name != FIXED:
+        return open_runtime(bundle, name, "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtimes, "_open", lambda bundle, *_: CudaRuntime(bundle, device="cpu"))
+        return open_runtime(bundle, "torch", "cpu")
 
 
 def forecast(bundle: Bundle, x: Floats) -> tuple[NDArray[np.float64], Floats]:
@@ -110,7 +128,11 @@ def forecast(bundle: Bundle, x: Floats) -> tuple[NDArray[np.float64], Floats]:
     return bundle.values(outputs)[0].reshape(n, L, -1), weights
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+def marked(case: Case) -> Any:
+    return pytest.param(case, marks=[pytest.mark.gpu] if case[0] == CUDA else [], id="-".join(case))
+
+
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 class TestEveryRuntime:
     def test_it_says_what_the_model_says_to_the_whole_chunk(self, case: Case) -> None:
         for options in OPTIONS[case[1]]:
@@ -233,7 +255,7 @@ class TestEveryRuntime:
             state = one.export(np.arange(3))
             said = one.step(np.arange(3), x[:, 6])
             for another in CASES:
-                if another[1] != case[1] or another[0] not in AVAILABLE:
+                if another[1] != case[1] or another[0] in ABSENT:
                     continue
                 other = make_runtime(another, 3, **options)
                 other.load(np.arange(3), state)
@@ -253,19 +275,17 @@ class TestEveryRuntime:
 
     def test_it_is_opened_only_if_it_says_what_the_golden_file_says(self, case: Case) -> None:
         name, what = case
-        skip_without(name)
         bundle = make_any_bundle(what)
         for part in ("values", "weights"):
             other = {**bundle.golden, part: bundle.golden[part] + 0.01}
             with pytest.raises(BundleRejected, match="golden"):
-                open_runtime(bundle.with_golden(other), name, "cpu")
+                opened(bundle.with_golden(other), name)
         for golden in ({}, {**bundle.golden, "x": bundle.golden["x"][..., :-1]}):
             with pytest.raises(BundleRejected, match="golden"):
-                open_runtime(bundle.with_golden(golden), name, "cpu")
+                opened(bundle.with_golden(golden), name)
 
     def test_weights_that_do_not_fit_are_refused(self, case: Case) -> None:
         name, what = case
-        skip_without(name)
         bundle = make_any_bundle(what)
         first = next(iter(bundle.weights))
         for weights in (
@@ -273,11 +293,10 @@ class TestEveryRuntime:
             {**bundle.weights, first: np.zeros(3, np.float32)},
         ):
             with pytest.raises(BundleRejected, match="fit"):
-                open_runtime(replace(bundle, weights=weights), name, "cpu")
+                opened(replace(bundle, weights=weights), name)
 
     def test_a_slot_that_was_checked_is_not_left_warm(self, case: Case) -> None:
-        skip_without(case[0])
-        runtime = open_runtime(make_any_bundle(case[1]), case[0], "cpu")
+        runtime = opened(make_any_bundle(case[1]), case[0])
         assert not runtime.steps_seen.any()
 
 

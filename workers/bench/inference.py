@@ -84,8 +84,7 @@ def _row(settings: Settings, bundle: Bundle, symbols: int, expected: int) -> dic
         published = 0
         while messages := tail.poll(10_000, timeout_ms=500):
             published += len(messages)
-    threads = settings.inference.torch_threads
-    alone = model_only_per_s(bundle, settings.runtime, symbols, threads)
+    alone = model_only_per_s(bundle, settings, symbols)
     first, last = _steady(samples, expected)
     n = last.predictions - first.predictions
     rate = n / (last.at - first.at)
@@ -106,10 +105,10 @@ def _row(settings: Settings, bundle: Bundle, symbols: int, expected: int) -> dic
     }
 
 
-def model_only_per_s(bundle: Bundle, name: str, symbols: int, threads: int) -> float:
+def model_only_per_s(bundle: Bundle, settings: Settings, symbols: int) -> float:
     """Carried steps of the same runtime on `symbols` rows at once, nothing around them."""
-    runtime = open_runtime(bundle, name)
-    set_threads(threads)
+    runtime = open_runtime(bundle, settings.runtime, settings.device)
+    set_threads(settings.inference.torch_threads)
     runtime.grow(symbols)
     slots = np.arange(symbols)
     x = np.random.default_rng(1).normal(size=(symbols, bundle.config.network.n_features))
