@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from models.bundle import Bundle, BundleRejected
+from models.comparison import CAUTION
 from models.drift import Calibration
 from models.running_loss import runs_up
 from models.targets import Target
@@ -704,7 +705,7 @@ class Monitor:
             self._metrics.cusum.labels(bundle, target).set(statistic)
             self._metrics.cusum_threshold.labels(bundle, target).set(threshold)
         for bundle, level, evidence in self._judge.evidence.values():
-            share = min(evidence.e_better * level, 1.0)
+            share = min(evidence.e_better * level / CAUTION, 1.0)
             self._metrics.challenger_evidence.labels(bundle, target).set(share)
         self._service.publish(
             dropped=dict(self._join.dropped + self._judge.dropped),

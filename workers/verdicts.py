@@ -238,10 +238,11 @@ class Judge:
             self._settled_ts = ts
             if (k := places.get(ts)) is not None:
                 end = int(first[k + 1])
-                if self._weigh_champion(ts, float(means[k]), float(z[k])):
+                above = self._weigh_champion(ts, float(means[k]), float(z[k]))
+                if above or self._is_due_again():
                     self._weigh_symbols(champions[weighed:end])
                     weighed = end
-                    if alarm := self._alarm(ts):
+                    if alarm := self._alarm(ts, above):
                         yield from self._not_ahead(ts) if alarm.repeats else ()
                         yield alarm
             for slot, by_time in gains.items():
@@ -500,7 +501,7 @@ class Judge:
         return slowest - GRACE_BARS * self._interval_ms
 
     def _weigh_champion(self, ts: int, difference: float, z: float) -> bool:
-        """Whether an alarm is due."""
+        """Whether the statistic stands above its threshold."""
         held = self._champion
         if held is None or held.calibration is None or held.ended:
             return False
@@ -521,16 +522,24 @@ class Judge:
             held.excess, held.excess_bars = 0.0, 0
         return above
 
-    def _alarm(self, ts: int) -> Alarm | None:
-        """Note that the statistic is above its threshold; None where that has been said already."""
+    def _is_due_again(self) -> bool:
+        """An open alarm's time has come, and the champion is still getting worse."""
+        held = self._champion
+        if held is None or held.open is None or held.ended:
+            return False
+        return held.detector.get().since_ts >= 0 and held.excess_bars >= held.open.again_from
+
+    def _alarm(self, ts: int, above: bool) -> Alarm | None:
+        """The alarm that the statistic gives; None where it has been said already."""
         held = self._champion
         assert held is not None
         assert held.calibration is not None
         drift, threshold = held.detector.get(), held.detector.threshold
         on_probation = self._is_on_probation(held)
-        held.detector.reset()
+        if above:
+            held.detector.reset()
         if (known := held.open) is not None:
-            known.crossed_at = held.pooled
+            known.crossed_at = held.pooled if above else known.crossed_at
             if held.excess_bars < known.again_from:
                 return None
             known.repeats += 1
