@@ -25,10 +25,10 @@ from models.targets import Labels, Target
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MOST_SURPRISE = 30.0
-"""A squared return counts for at most so many times what the reference expected: 5.5 standard
-deviations. Beyond it are false prints. It is the same for whoever is compared, so that nobody who
-forecasts too little is spared by it, as by a limit on differences."""
+MOST_SURPRISE = 10.0
+"""A squared return counts for at most so many times what the reference expected: 3.2 standard
+deviations. Beyond it are false prints, and jumps that would drown the rest. It is the same for whoever is
+compared, so that nobody who forecasts too little is spared by it, as by a limit on differences."""
 
 
 def runs_up(target: Target) -> bool:
