@@ -10,8 +10,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from models.evaluation import Protocol, Watch, levels
+from models.evaluation import Protocol, Watch
 from models.features import FEATURE_NAMES
+from models.levels import levels
 from models.panel import Floats, Ints, Panel, Part, walk
 from models.recurrent import Options, Recurrent
 from models.scoring import loss
@@ -93,7 +94,9 @@ def ablate(
     watch = watch or Watch()
     part = walk(panel, protocol.out_of_sample, 1, protocol.validation)[0]
     todo = [v for v in variants(protocol.options) if only is None or v.name in only]
-    shelf = Shelf(keep, panel, protocol.model_dump(exclude={"refits", "threads", "tree_rounds"}))
+    shelf = Shelf(
+        keep, panel, protocol.model_dump(exclude={"refits", "threads", "tree_rounds", "level_days"})
+    )
     rows: list[dict[str, Any]] = []
     default: Floats | None = None
     for i, variant in enumerate(todo):
