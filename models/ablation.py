@@ -75,6 +75,7 @@ def variants(options: Options) -> list[Variant]:
         *(Variant(name, {"mode": "window", **network}) for name, network in windows),
         Variant("one network a symbol", pooled=False),
         Variant("trained on squared error of the log", options={"loss": {"volatility": "mse"}}),
+        Variant("levels of variance as they are", options={"augmentation": {"level": 0.0}}),
         *(Variant(f"without {name}", without=prefixes) for name, prefixes in FAMILIES.items()),
     ]
 
