@@ -10,8 +10,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from models.evaluation import Protocol, Watch, levels
+from models.evaluation import Protocol, Watch
 from models.features import FEATURE_NAMES
+from models.levels import levels
 from models.panel import Floats, Ints, Panel, Part, walk
 from models.recurrent import Options, Recurrent
 from models.scoring import loss
@@ -74,6 +75,7 @@ def variants(options: Options) -> list[Variant]:
         *(Variant(name, {"mode": "window", **network}) for name, network in windows),
         Variant("one network a symbol", pooled=False),
         Variant("trained on squared error of the log", options={"loss": {"volatility": "mse"}}),
+        Variant("levels of variance as they are", options={"augmentation": {"level": 0.0}}),
         *(Variant(f"without {name}", without=prefixes) for name, prefixes in FAMILIES.items()),
     ]
 
@@ -93,7 +95,9 @@ def ablate(
     watch = watch or Watch()
     part = walk(panel, protocol.out_of_sample, 1, protocol.validation)[0]
     todo = [v for v in variants(protocol.options) if only is None or v.name in only]
-    shelf = Shelf(keep, panel, protocol.model_dump(exclude={"refits", "threads", "tree_rounds"}))
+    shelf = Shelf(
+        keep, panel, protocol.model_dump(exclude={"refits", "threads", "tree_rounds", "level_days"})
+    )
     rows: list[dict[str, Any]] = []
     default: Floats | None = None
     for i, variant in enumerate(todo):

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from models.blending import weigh
 from models.bundle import library_versions
 from models.features import DAY_MS, FEATURE_NAMES, WARM_UP_BARS
-from models.forecasters import Forecaster, expected_variance, rivals
+from models.forecasters import Forecaster, rivals
+from models.levels import led, levels
 from models.panel import Floats, Ints, Panel, Part, day, walk
 from models.recurrent import FAST as FAST_OPTIONS
 from models.recurrent import Options, Recurrent
@@ -70,6 +71,8 @@ class Protocol(BaseModel):
     """Whether a later fit sees all that came before it, or as much as the first fit."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the times before a part, the newest: early stopping, choices, levels."""
+    level_days: Annotated[float, Field(ge=0)] = 60.0
+    """Half-life of a symbol's matured errors, by which each model's level goes on; 0: it stays."""
     seeds: Annotated[int, Field(ge=1)] = 5
     tree_rounds: Annotated[int, Field(ge=1)] = 1500
     threads: Annotated[int, Field(ge=0)] = 0
@@ -148,7 +151,9 @@ def forecast(
 ) -> dict[str, Outcome]:
     """Fit every model before each part, forecast its test rows, set levels; the blends among them."""
     plan = _Plan(panel, parts, protocol, watch)
-    shelf = Shelf(keep, panel, protocol.model_dump(exclude={"seeds", "threads", "options"}))
+    shelf = Shelf(
+        keep, panel, protocol.model_dump(exclude={"seeds", "threads", "options", "level_days"})
+    )
     options = protocol.options.model_dump(mode="json")
     found: dict[str, list[Walked]] = {}
 
@@ -165,8 +170,17 @@ def forecast(
                 {"options": options, "changes": networks.changes, "seed": seed},
             )
     watch.at("models", 1.0)
-    found |= _combined(panel, parts, found)
-    return {name: _outcome(panel, parts, walks) for name, walks in found.items()}
+    for mean, name in ((PLAIN_MEAN, PLAIN), (MEAN, ATTENTION)):
+        found[mean] = [_weighed(found[name], _equally, parts)]
+    days = protocol.level_days
+    outcomes = {name: _outcome(panel, parts, walks, days) for name, walks in found.items()}
+    members = [
+        _levelled(panel, parts, found[name][0], days)[0]
+        for name in (MEAN, *BLENDED[panel.target.kind])
+    ]
+    for name, walked in _blends(panel, parts, members).items():
+        outcomes[name] = _outcome(panel, parts, [walked], 0.0)
+    return outcomes
 
 
 class _Plan:
@@ -239,29 +253,35 @@ class _Chunks:
         pass
 
 
-def levels(panel: Panel, values: Floats, rows: Ints) -> tuple[float, float]:
-    """What to add to log variances so that they are logs of the mean, and means of the log.
-
-    From what was said of the validation part, for every model alike.
-    """
-    if panel.target.kind != "volatility":
-        return 0.0, 0.0
-    return expected_variance(values, panel.y[rows]), float((panel.y[rows] - values).mean())
-
-
-def _outcome(panel: Panel, parts: Sequence[Part], walks: Sequence[Walked]) -> Outcome:
+def _outcome(
+    panel: Panel, parts: Sequence[Part], walks: Sequence[Walked], half_life_days: float
+) -> Outcome:
     """Of walks that differ by their seed."""
     seconds = np.mean([walked.seconds for walked in walks], axis=0)
     outcome = Outcome(seconds_fit=float(seconds[0]), seconds_predict=float(seconds[1]))
     for walked in walks:
-        of_mean, of_log = [], []
-        for part, valid, test in _by_part(parts, walked):
-            level = levels(panel, valid, part.valid)
-            of_mean.append(test + level[0])
-            of_log.append(test + level[1])
-        outcome.values.append(np.concatenate(of_mean))
-        outcome.log_level.append(np.concatenate(of_log))
+        of_mean, of_log = _levelled(panel, parts, walked, half_life_days)
+        outcome.values.append(of_mean.test)
+        outcome.log_level.append(of_log.test)
     return outcome
+
+
+def _levelled(
+    panel: Panel, parts: Sequence[Part], walked: Walked, half_life_days: float
+) -> tuple[Walked, Walked]:
+    """With the level of the log of the mean, and of the mean log."""
+    made: list[list[Floats]] = [[], [], [], []]
+    for part, valid, test in _by_part(parts, walked):
+        rows, said = np.concatenate([part.valid, part.test]), np.concatenate([valid, test])
+        of_mean, of_log = levels(panel, valid, part.valid)
+        moved, _ = led(panel, said + of_mean, rows, half_life_days)
+        _, moved_log = led(panel, said + of_log, rows, half_life_days)
+        pair = (said + of_mean + moved, said + of_log + moved_log)
+        for k, values in enumerate(pair):
+            made[2 * k].append(values[: len(valid)])
+            made[2 * k + 1].append(values[len(valid) :])
+    valid, test, log_valid, log_test = map(np.concatenate, made)
+    return Walked(valid, test, walked.seconds), Walked(log_valid, log_test, walked.seconds)
 
 
 def _by_part(parts: Sequence[Part], walked: Walked) -> Iterator[tuple[Part, Floats, Floats]]:
@@ -271,32 +291,27 @@ def _by_part(parts: Sequence[Part], walked: Walked) -> Iterator[tuple[Part, Floa
     return zip(parts, valid, test, strict=True)
 
 
-def _combined(
-    panel: Panel, parts: Sequence[Part], found: Mapping[str, Sequence[Walked]]
-) -> dict[str, list[Walked]]:
-    """The means over seeds; and of attention's with `BLENDED` the equal-weight mean, and the stacked one.
+def _equally(valid: Floats, part: Part) -> Floats:
+    return np.full(valid.shape[1], 1 / valid.shape[1])
 
-    In logs, or probabilities. Stacked weights are those with the least loss on the validation part
-    before each test, halfway to equal ones.
+
+def _blends(panel: Panel, parts: Sequence[Part], members: Sequence[Walked]) -> dict[str, Walked]:
+    """Of members with their levels set: the equal-weight mean, and the stacked one; in logs, or
+    probabilities.
+
+    Stacked weights are those with the least loss on the validation part before each test, halfway
+    to equal ones.
     """
-
-    def equally(valid: Floats, part: Part) -> Floats:
-        return np.full(valid.shape[1], 1 / valid.shape[1])
 
     def stack(valid: Floats, part: Part) -> Floats:
         y = panel.y[part.valid]
-        level = valid + [levels(panel, own, part.valid)[0] for own in valid.T]
-        losses = np.stack([loss(panel.target, own, y) for own in level.T], axis=1)
+        losses = np.stack([loss(panel.target, own, y) for own in valid.T], axis=1)
         judge = partial(loss, panel.target, label=y) if panel.target.kind == "volatility" else None
-        return weigh("stacked", losses, level, y, len(y) / panel.target.horizon, judge)
+        return weigh("stacked", losses, valid, y, len(y) / panel.target.horizon, judge)
 
-    plain, mean = (_weighed(found[name], equally, parts) for name in (PLAIN, ATTENTION))
-    members = [mean, *(found[name][0] for name in BLENDED[panel.target.kind])]
     return {
-        PLAIN_MEAN: [plain],
-        MEAN: [mean],
-        BLEND: [_weighed(members, equally, parts)],
-        STACKED: [_weighed(members, stack, parts)],
+        BLEND: _weighed(members, _equally, parts),
+        STACKED: _weighed(members, stack, parts),
     }
 
 
@@ -479,14 +494,20 @@ def _described(panel: Panel, parts: Sequence[Part], protocol: Protocol) -> dict[
         "refit_every_days": float(np.mean(days)),
         "purge": "a training label was known before the next part starts",
         "level": "added to every log variance: log mean exp(residual) on the validation part; "
-        "mse_log with the mean residual instead",
+        "mse_log with the mean residual instead"
+        + (
+            f"; from there it follows each symbol's own errors whose labels were known by then, "
+            f"with a half-life of {protocol.level_days:g} days"
+            if protocol.level_days
+            else ""
+        ),
         "finish": "what was chosen by the validation part then learns from it too: networks by one "
         "more pass, trees grown anew with the rounds found",
         "benchmark": BENCHMARK[panel.target.kind],
         "dm": "Diebold-Mariano on losses summed over symbols by time, Newey-West with at least "
         "horizon and 1.3 sqrt(T) lags, Harvey correction, two-sided; networks: loss averaged over seeds",
         "blend": f"equal-weight mean of {', '.join((MEAN, *BLENDED[panel.target.kind]))}, "
-        "in logs or probabilities",
+        "in logs or probabilities, each with its level",
         "blend_stacked": "the same with the weights of least loss on the validation part, halfway to "
         "equal ones",
         "parts": [

@@ -322,8 +322,11 @@ class Trees:
             y = panel.y[rows] - self._centre
             matrix.set_label(np.exp(y) if objective == _GAMMA else y)
         self.objective, self._rounds = objective, rounds
+        leaf = min(_LEAF_PERIODS * panel.target.horizon, len(data[1]) / 100)
         self._booster = xgboost.train(
-            _TREES | {"objective": objective, "seed": self.seed, "nthread": self.threads},
+            _TREES
+            | {"objective": objective, "min_child_weight": leaf}
+            | {"seed": self.seed, "nthread": self.threads},
             data[0],
             rounds,
             evals=[(judge[0], "validation")] if judge else [],
@@ -352,13 +355,14 @@ class Trees:
 
 
 _GAMMA: Final = "reg:gamma"
-_PATIENCE_ROUNDS: Final = 30
+_PATIENCE_ROUNDS: Final = 50
+_LEAF_PERIODS: Final = 20
+"""Horizons in a leaf at least: so many of its labels do not overlap."""
 _TREES: Final = {
-    "eta": 0.1,
-    "max_depth": 6,
-    "min_child_weight": 20,
-    "subsample": 0.8,
-    "colsample_bytree": 0.8,
+    "eta": 0.03,
+    "max_depth": 5,
+    "subsample": 0.5,
+    "colsample_bynode": 0.3,
     "tree_method": "hist",
 }
 _OBJECTIVES: Final = {

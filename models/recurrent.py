@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from models.augmentation import AugmentedChunks, ChunkAugmentation
 from models.dataset import Chunks, History
 from models.features import WARM_UP_BARS, F
 from models.losses import LossConfig, Objective
@@ -22,6 +23,7 @@ from models.scaling import Scaler
 from models.schedules import ScheduleConfig
 from models.splits import Span
 from models.training import (
+    ChunkSource,
     Progress,
     TrainingConfig,
     Watcher,
@@ -60,6 +62,9 @@ class Options(BaseModel):
     rows: int = 1_600_000
     """Of all epochs together: a longer history has fewer epochs, but at least two."""
     loss: LossConfig = LossConfig(volatility="qlike")
+    augmentation: ChunkAugmentation = ChunkAugmentation(level=0.5)
+    """Of training chunks where a volatility is learnt: how variance will move says more than how high
+    a symbol's was when it was learnt, and new symbols and regimes have other levels."""
     batch: int = 16
     length: int = 64
     burn_in: int = 128
@@ -127,7 +132,7 @@ class Recurrent:
             config = self.options.first(len(part.fit))
         progress = train(
             network,
-            chunks,
+            self._altered(panel, chunks, scaler, seed),
             validation,
             objective,
             config.model_copy(update={"seed": seed}),
@@ -143,9 +148,10 @@ class Recurrent:
         """The newest bars are in the validation part: as `models.pipeline.fine_tune`, learn it too."""
         one = self.trained[seed]
         span = Span(part.fold.train.from_ts, part.fold.validation.to_ts)
+        chunks = self._chunks(panel, span, one.scaler, seed)
         train(
             one.network,
-            self._chunks(panel, span, one.scaler, seed),
+            self._altered(panel, chunks, one.scaler, seed),
             self._chunks(panel, part.fold.validation, one.scaler, None),
             one.objective,
             self.options.refresh.model_copy(update={"seed": seed}),
@@ -191,6 +197,11 @@ class Recurrent:
 
     def _config(self, panel: Panel) -> NetworkConfig:
         return self.options.network_config(panel.target.n_outputs, self.changes)
+
+    def _altered(self, panel: Panel, chunks: Chunks, scaler: Scaler, seed: int) -> ChunkSource:
+        if panel.target.kind != "volatility":
+            return chunks
+        return AugmentedChunks(chunks, self.options.augmentation, scaler, [panel.target], seed)
 
     def _chunks(self, panel: Panel, span: Span, scaler: Scaler, seed: int | None) -> Chunks:
         options = self.options

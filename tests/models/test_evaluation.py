@@ -32,7 +32,7 @@ TINY = Options(
     burn_in=16,
     chunks_per_stream=4,
 )
-PROTOCOL = Protocol(refits=2, seeds=2, tree_rounds=3, options=TINY)
+PROTOCOL = Protocol(refits=2, seeds=2, tree_rounds=30, options=TINY)
 
 
 @pytest.fixture(autouse=True, scope="module")
