@@ -9,6 +9,7 @@ import numpy as np
 
 from models.bundle import Bundle
 from models.runtimes import open_runtime, runtimes_of, set_threads
+from models.runtimes.products import Precision
 from schemas.topics import PREDICTIONS
 from workers.bench.fixtures import Market, Tell, WarmState, default_bundle, quietly, silent_minutes
 from workers.bench.stage import (
@@ -39,6 +40,7 @@ def run(
     runtimes: Sequence[str] = ("auto",),
     windows: Sequence[int] = (30,),
     attention_every: int = 1,
+    precision: Precision = "float32",
     tell: Tell = quietly,
 ) -> list[dict[str, Any]]:
     """Put all bars on the broker, then let one replica after another work through them.
@@ -65,6 +67,7 @@ def run(
                         inference={
                             "group": f"{runtime}-{delivery}",
                             "attention_every": attention_every,
+                            "precision": precision,
                         },
                     )
                     lay_snapshots(mine, state)
@@ -84,8 +87,13 @@ def _row(settings: Settings, bundle: Bundle, symbols: int, expected: int) -> dic
         published = 0
         while messages := tail.poll(10_000, timeout_ms=500):
             published += len(messages)
-    threads = settings.inference.torch_threads
-    alone = model_only_per_s(bundle, settings.runtime, symbols, threads)
+    alone = model_only_per_s(
+        bundle,
+        settings.runtime,
+        symbols,
+        settings.inference.torch_threads,
+        settings.inference.precision,
+    )
     first, last = _steady(samples, expected)
     n = last.predictions - first.predictions
     rate = n / (last.at - first.at)
@@ -95,6 +103,7 @@ def _row(settings: Settings, bundle: Bundle, symbols: int, expected: int) -> dic
         "share_of_model_only": round(rate / alone, 3),
         "delivery": settings.kafka.delivery,
         "runtime": settings.runtime,
+        "precision": settings.inference.precision,
         "symbols": symbols,
         "window": bundle.config.window,
         "attention_every": settings.inference.attention_every,
@@ -106,9 +115,11 @@ def _row(settings: Settings, bundle: Bundle, symbols: int, expected: int) -> dic
     }
 
 
-def model_only_per_s(bundle: Bundle, name: str, symbols: int, threads: int) -> float:
+def model_only_per_s(
+    bundle: Bundle, name: str, symbols: int, threads: int, precision: Precision
+) -> float:
     """Carried steps of the same runtime on `symbols` rows at once, nothing around them."""
-    runtime = open_runtime(bundle, name)
+    runtime = open_runtime(bundle, name, precision=precision)
     set_threads(threads)
     runtime.grow(symbols)
     slots = np.arange(symbols)
