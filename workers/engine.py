@@ -442,7 +442,11 @@ def _rounds(slots: NDArray[np.int64], rows: Rows) -> Iterator[Rows]:
         return
     rows = rows[np.argsort(slots[rows], kind="stable")]
     at = slots[rows]
-    first = np.flatnonzero(np.r_[True, at[1:] != at[:-1]])
+    is_other = at[1:] != at[:-1]
+    if is_other.all():
+        yield rows
+        return
+    first = np.flatnonzero(np.r_[True, is_other])
     lengths = np.diff(np.r_[first, len(at)])
     turn = np.arange(len(at)) - np.repeat(first, lengths)
     by_turn = np.argsort(turn, kind="stable")
