@@ -20,7 +20,8 @@ def open_bundle(settings: Settings, version: str, uri: str | None = None) -> Run
     Raises BundleRejected for a damaged bundle or one of another version, OSError where the
     store cannot be read.
     """
-    return open_runtime(read_bundle(settings, version, uri), settings.runtime, settings.device)
+    bundle = read_bundle(settings, version, uri)
+    return open_runtime(bundle, settings.runtime, settings.device, settings.inference.precision)
 
 
 def read_bundle(settings: Settings, version: str, uri: str | None = None) -> Bundle:

@@ -148,8 +148,9 @@ class Engine:
         slots, ts = slots[taken], bars.ts[taken]
         x, status = self._features.update(slots, ts, bars.ohlcv[taken])
         codes = {version: _codes_in(role_of) for version, role_of in roles.items()}
+        is_contested = any(_CONTROL in found for found in codes.values())
         parts: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
-        for rows in _rounds(slots, np.flatnonzero(status <= RESET)):
+        for rows in _rounds(slots, (status <= RESET).nonzero()[0]):
             at = slots[rows]
             self._start_anew(at[status[rows] == RESET])
             self._seen[at] += 1
@@ -163,7 +164,7 @@ class Engine:
             for version, role_of in roles.items():
                 model, role = self._models[version], role_of[rows]
                 self._join(model, at, role)
-                runs = np.flatnonzero(role != _NONE)
+                runs = (role != _NONE).nonzero()[0]
                 if not len(runs):
                     continue
                 every = len(runs) == len(rows)
@@ -171,10 +172,11 @@ class Engine:
                 step = model.runtime.step(where, now_x if every else now_x[runs])
                 warm = model.runtime.steps_seen[where] >= model.bundle.config.warm_up_bars
                 told.append(_Told(version, runs, where, np.where(warm, role[runs], _NONE), step))
-            _stand_in(told, len(rows))
+            if is_contested:
+                _stand_in(told, len(rows))
             for version, runs, where, role, step in told:
                 for code in codes[version]:
-                    said = np.flatnonzero(role == code)
+                    said = (role == code).nonzero()[0]
                     if len(said):
                         parts.setdefault((version, code), []).append(
                             (
@@ -328,7 +330,7 @@ class Engine:
             if schedule is None:
                 continue
             ts = bars.ts[here]
-            for challenger in CHALLENGERS:
+            for challenger in filter(schedule.changes.get, CHALLENGERS):
                 for version, _, held in schedule.holders(challenger, ts):
                     if version in roles:
                         roles[version][here[held]] = _CHALLENGER
@@ -411,25 +413,22 @@ class _Told(NamedTuple):
 
 def _stand_in(told: list[_Told], n: int) -> None:
     """Let the champion speak for itself where the arm that has a bar is not warm yet."""
-    beside = [one for one in told if (one.role == _CONTROL).any()]
-    if not beside:
-        return
     is_served = np.zeros(n, np.bool_)
     for one in told:
         is_served[one.runs[one.role >= _FIRST_ARM]] = True
-    for one in beside:
+    for one in told:
         one.role[(one.role == _CONTROL) & ~is_served[one.runs]] = _CHAMPION
 
 
 def _by_partition(partitions: NDArray[np.int64]) -> Groups:
-    there = np.flatnonzero(np.bincount(partitions)).tolist()
+    there = np.bincount(partitions).nonzero()[0].tolist()
     if len(there) == 1:
         return [(there[0], np.arange(len(partitions)))]
-    return [(partition, np.flatnonzero(partitions == partition)) for partition in there]
+    return [(partition, (partitions == partition).nonzero()[0]) for partition in there]
 
 
 def _codes_in(roles: NDArray[np.int8]) -> list[int]:
-    found = set(np.flatnonzero(np.bincount(roles)).tolist()) - {_NONE}
+    found = set(np.bincount(roles).nonzero()[0].tolist()) - {_NONE}
     return sorted(found | {_CHAMPION} if _CONTROL in found else found)
 
 
@@ -443,7 +442,11 @@ def _rounds(slots: NDArray[np.int64], rows: Rows) -> Iterator[Rows]:
         return
     rows = rows[np.argsort(slots[rows], kind="stable")]
     at = slots[rows]
-    first = np.flatnonzero(np.r_[True, at[1:] != at[:-1]])
+    is_other = at[1:] != at[:-1]
+    if is_other.all():
+        yield rows
+        return
+    first = np.flatnonzero(np.r_[True, is_other])
     lengths = np.diff(np.r_[first, len(at)])
     turn = np.arange(len(at)) - np.repeat(first, lengths)
     by_turn = np.argsort(turn, kind="stable")

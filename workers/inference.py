@@ -1,7 +1,8 @@
 """The inference worker: bars in, predictions and attention summaries out, one transaction a batch.
 
 Two threads: one polls, decodes and runs the engine; the other encodes what the engine said, produces
-and commits it, while the first is at the next batch already. All state belongs to the first.
+and commits it, while the first is at the next batch already. All state belongs to the first, which
+does a small batch alone.
 """
 
 import gc
@@ -56,7 +57,7 @@ SHOWN_EVERY_S = 1.0
 """How often lag and positions are brought to /metrics and /healthz."""
 OVERLAPPED_FROM = 0.25
 """Share of a full batch from which it is published while the next one runs. With less, bars that arrive
-meanwhile do better to go together."""
+meanwhile do better to go together, and waking another thread takes longer than what it would do."""
 AWAITED_S = 10.0
 """How long the first bars of a change wait for its bundle; without it they go to the one before."""
 ROOM = 1.1
@@ -177,9 +178,10 @@ class Inference:
         self._await_bundles(bars)
         batch = self._processed(messages, bars, places, rejected)
         self._settle()
-        self._publishing = self._publishing_thread.submit(self._publish, batch)
         if len(messages) < OVERLAPPED_FROM * self._settings.inference.max_batch:
-            self._settle()
+            self._publish(batch)
+        else:
+            self._publishing = self._publishing_thread.submit(self._publish, batch)
         self._count(batch.processed, started)
         self._snapshot_if_due()
 
@@ -217,7 +219,8 @@ class Inference:
         partitions = np.array([message.partition() for message in messages], np.int64)
         offsets = np.array([message.offset() for message in messages], np.int64)
         live = np.empty(len(messages), np.bool_)
-        for partition in np.unique(partitions).tolist():
+        there = np.bincount(partitions).nonzero()[0].tolist()
+        for partition in there:
             here = partitions == partition
             live[here] = offsets[here] >= self._progress[partition].live_from
         processed = self._engine.process(bars, partitions[places])
@@ -225,9 +228,12 @@ class Inference:
         end = len(messages) if taken == len(bars) else int(places[taken])
         self._backlog.give_back(messages[end:])
         moved: dict[tuple[str, int], tuple[int, str]] = {}
-        for partition in np.unique(partitions[:end]).tolist():
+        for partition in there:
+            taken_here = offsets[:end][partitions[:end] == partition]
+            if not len(taken_here):
+                continue
             progress = self._progress[partition]
-            progress.position = int(offsets[:end][partitions[:end] == partition][-1]) + 1
+            progress.position = int(taken_here[-1]) + 1
             if progress.position > progress.live_from:
                 schedule = self._schedule(partition).to_json()
                 moved[BARS, partition] = (progress.position, schedule)
@@ -275,7 +281,7 @@ class Inference:
         self._dead_letters = DeadLetters(self._publisher, self._settings.dead_letter, self._metrics)
 
     def _publish(self, batch: _Batch) -> None:
-        """In the other thread: dead letters, forecasts and offsets go out together."""
+        """Dead letters, forecasts and offsets go out together; a large batch's in the other thread."""
         for message, reason in batch.rejected:
             self._dead_letters.send(message, reason)
         for forecast in batch.processed.forecasts:

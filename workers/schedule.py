@@ -16,6 +16,9 @@ KEPT = 8
 4,096 bytes that a broker allows as metadata of a committed offset."""
 
 
+_EVER = np.iinfo(np.int64).max
+
+
 class Change(NamedTuple):
     bundle: str | None
     from_ts: int
@@ -77,13 +80,16 @@ class Schedule:
         changes = self.changes.get(slot)
         if not changes:
             return
-        until = np.full(ts.shape, True)
+        until_ts, left = _EVER, len(ts)
         for change in reversed(changes):
-            here = until & (ts >= change.from_ts)
-            if change.bundle is not None and here.any():
+            here = (ts >= change.from_ts) & (ts < until_ts)
+            until_ts = change.from_ts
+            if not (count := int(np.count_nonzero(here))):
+                continue
+            if change.bundle is not None:
                 yield change.bundle, change, here
-            until &= ts < change.from_ts
-            if not until.any():
+            left -= count
+            if not left:
                 break
 
     def to_json(self) -> str:

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -15,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from models.blending import EnsembleConfig, of_member
 from models.bundle import Bundle, BundleRejected, ModelConfig
 from models.network_config import NetworkConfig
+from models.runtimes.products import Precision
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +32,12 @@ RUNTIMES: Final[Mapping[str, str]] = {
 }
 """Names, and the library that each needs."""
 
-TOLERANCE = 1e-4
-"""How far a runtime may be from the golden values: float32 sums in another order, not other sums."""
+TOLERANCE: Final[Mapping[Precision, float]] = {"float32": 1e-4, "bfloat16": 5e-3}
+"""How far a runtime may be from the golden values: float32 sums in another order, not other sums; or
+numbers of 8 bits (tests/benchmarks/hot-path.md)."""
+
+IN_BFLOAT16 = ("numba", "ensemble")
+"""Runtimes that have the precision bfloat16; the ensemble's network is run by the other."""
 
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 """One of them is there where Linux has a GPU that torch can use: NVIDIA, its Tegra, WSL, AMD."""
@@ -80,20 +86,25 @@ def rebuild_steps(lengths: Slots, R: int) -> Iterator[tuple[int, Slots]]:
         yield row, np.flatnonzero(lengths >= R - row)
 
 
-def open_runtime(bundle: Bundle, name: str = "auto", device: str = "auto") -> Runtime:
+def open_runtime(
+    bundle: Bundle, name: str = "auto", device: str = "auto", precision: Precision = "float32"
+) -> Runtime:
     """A runtime that was seen to say what the bundle's golden file says; a log line names it.
 
     `auto` passes over one that does not, with a warning, and takes the next fastest: the library
     may be broken on this machine, not the bundle. Where the reference fails too, it is the bundle.
 
     Raises BundleRejected if weights do not fit the network, the golden values are not met, or the
-    runtime cannot run such a network; ValueError for a runtime that is unknown or not installed.
+    runtime cannot run such a network, or not in this precision; ValueError for a runtime that is unknown
+    or not installed, or a precision that the CPU has not.
     """
     able = runtimes_of(bundle.config.network)
+    if precision == "bfloat16" and name == "auto":
+        name = next((each for each in able if each in IN_BFLOAT16), able[0])
     for each in _by_speed(able, device) if name == "auto" else [name]:
         try:
-            runtime = _build(bundle, each, device)
-            _check_golden(runtime)
+            runtime = _build(bundle, each, device, precision)
+            _check_golden(runtime, TOLERANCE[precision])
         except (BundleRejected, ValueError) as error:
             if name != "auto" or each == able[0]:
                 raise
@@ -152,7 +163,7 @@ def sequence_member(bundle: Bundle) -> Bundle:
     )
 
 
-def _build(bundle: Bundle, name: str, device: str) -> Runtime:
+def _build(bundle: Bundle, name: str, device: str, precision: Precision = "float32") -> Runtime:
     able = runtimes_of(bundle.config.network)
     if name == "auto":
         name = _by_speed(able, device)[0]
@@ -163,8 +174,10 @@ def _build(bundle: Bundle, name: str, device: str) -> Runtime:
             f"{bundle.version}: the {name} runtime cannot run {bundle.config.network.summary()}; "
             f"take {' or '.join(able)}"
         )
+    if precision == "bfloat16" and name not in IN_BFLOAT16:
+        raise BundleRejected(f"{bundle.version}: the {name} runtime has no precision but float32")
     try:
-        return _open(bundle, name, device)
+        return _open(bundle, name, device, precision)
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: install the extra `{name}`") from error
 
@@ -195,11 +208,11 @@ def _may_have_gpu() -> bool:
     return sys.platform != "linux" or any(Path(device).exists() for device in GPU_DEVICES)
 
 
-def _open(bundle: Bundle, name: str, device: str) -> Runtime:
+def _open(bundle: Bundle, name: str, device: str, precision: Precision) -> Runtime:
     if name == "numba":
         from models.runtimes.numba import NumbaRuntime
 
-        return NumbaRuntime(bundle, device=device)
+        return NumbaRuntime(bundle, device=device, precision=precision)
     if name == "sklearn":
         from models.runtimes.sklearn import SklearnRuntime
 
@@ -207,7 +220,8 @@ def _open(bundle: Bundle, name: str, device: str) -> Runtime:
     if name == "ensemble":
         from models.runtimes.ensemble import EnsembleRuntime
 
-        return EnsembleRuntime(bundle, lambda network: _build(network, "auto", device))
+        name = "numba" if precision == "bfloat16" else "auto"
+        return EnsembleRuntime(bundle, lambda network: _build(network, name, device, precision))
     if name == "onnx":
         from models.runtimes.onnx import OnnxRuntime
 
@@ -238,7 +252,7 @@ def _run(
     return np.stack([s.values for s in steps], 1), np.stack([s.weights for s in steps], 1)
 
 
-def _check_golden(runtime: Runtime) -> None:
+def _check_golden(runtime: Runtime, tolerance: float) -> None:
     golden = runtime.bundle.golden
     version = runtime.bundle.version
     if not {"x", "values", "weights"} <= set(golden):
@@ -247,9 +261,10 @@ def _check_golden(runtime: Runtime) -> None:
     if x.ndim != 3 or x.shape[2] != runtime.bundle.config.network.n_features:
         raise BundleRejected(f"{version}: its golden inputs have the wrong shape")
     values, weights = _run(runtime, x)
-    if not (_agree(values, golden["values"]) and _agree(weights, golden["weights"])):
+    agrees = partial(_agree, tolerance=tolerance)
+    if not (agrees(values, golden["values"]) and agrees(weights, golden["weights"])):
         raise BundleRejected(f"{version}: says something else than its golden file")
 
 
-def _agree(said: NDArray[Any], stored: NDArray[Any]) -> bool:
-    return said.shape == stored.shape and np.allclose(said, stored, TOLERANCE, TOLERANCE)
+def _agree(said: NDArray[Any], stored: NDArray[Any], tolerance: float) -> bool:
+    return said.shape == stored.shape and np.allclose(said, stored, tolerance, tolerance)

@@ -1,4 +1,4 @@
-"""A bundle on the CPU by NumPy's matrix products and compiled passes between them: the fastest here.
+"""A bundle on the CPU by matrix products and compiled passes between them: the fastest here.
 
 One step is one product for each layer, all n rows at once; what lies between (scaling, gate, cells,
 attention) is one pass each over rows that are still in the cache. State and rings are read and
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from models.bundle import Bundle, BundleRejected
 from models.network_config import NetworkConfig, lag_bias
 from models.runtimes import Slots, Step, rebuild_steps
+from models.runtimes.products import Precision, Product, product_by
 from models.scaling import CLIP
 
 Floats = NDArray[np.float32]
@@ -28,8 +29,17 @@ LANES = 8
 
 
 class NumbaRuntime:
-    def __init__(self, bundle: Bundle, capacity: int = 0, device: str = "cpu") -> None:
-        """Raises BundleRejected if the weights do not fit, ValueError for a device it has not."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        capacity: int = 0,
+        device: str = "cpu",
+        precision: Precision = "float32",
+    ) -> None:
+        """`precision` is that of the products of layers and attention; state is float32 in any case.
+
+        Raises BundleRejected if the weights do not fit, ValueError for a device or a precision it has not.
+        """
         if device not in ("auto", "cpu"):
             raise ValueError(f"the numba runtime has no device {device!r}; the torch runtime may")
         config = bundle.config.sequence
@@ -41,14 +51,20 @@ class NumbaRuntime:
         self._centre = bundle.scaler.centre.astype(np.float32)
         self._factor = (1 / bundle.scaler.scale).astype(np.float32)
         self._weights = {name: _as_factor(name, a) for name, a in bundle.weights.items()}
-        self._cells = [_cell(config, bundle.weights, layer) for layer in range(config.layers)]
+        cells = [_cell(config, bundle.weights, layer) for layer in range(config.layers)]
+        self._products = {
+            name: product_by(weight, precision)
+            for name in ("gate", "attention.qkv")
+            if (weight := self._weights.get(f"{name}.weight")) is not None
+        }
+        self._cells = [(product_by(weight, precision), bias) for weight, bias in cells]
         self._lag_bias = _by_distance(lag_bias(config, bundle.weights))
         self._rows: dict[str, Floats] = {}
         N, T, L = config.heads, config.window, config.layers
         d, padded = config.attention_size // N, -(-T // LANES) * LANES
-        cells = config.hidden if config.cell == "lstm" else 0
+        carried = config.hidden if config.cell == "lstm" else 0
         self._h = np.zeros((L, 0, config.hidden), np.float32)
-        self._c = np.zeros((L, 0, cells), np.float32)
+        self._c = np.zeros((L, 0, carried), np.float32)
         self._keys = np.zeros((0, N, d, padded), np.float32)
         self._values = np.zeros((0, N, T, d), np.float32)
         self.grow(capacity)
@@ -109,7 +125,7 @@ class NumbaRuntime:
         _scale(x, self._centre, self._factor, scaled)
         y = scaled
         if config.gate:
-            gate = self._product("gate", scaled, w["gate.weight"])
+            gate = self._product("gate", scaled, self._products["gate"])
             _open_gate(gate, w["gate.bias"], scaled)
             y = gate
         advance = _lstm if config.cell == "lstm" else _gru
@@ -124,7 +140,7 @@ class NumbaRuntime:
                 _normalise(y, w[f"norms.{layer}.weight"], w[f"norms.{layer}.bias"])
         weights = np.zeros((n, T), np.float32)
         if self._attends:
-            qkv = self._product("qkv", y, w["attention.qkv.weight"])
+            qkv = self._product("qkv", y, self._products["attention.qkv"])
             seen = self._buffer("seen", n, H + config.attention_size)
             direction = w.get("attention.direction", _NO_DIRECTION)
             rings = self._keys, self._values, slots, self.steps_seen
@@ -139,8 +155,10 @@ class NumbaRuntime:
             outputs += scaled @ w["skip.weight"]
         return outputs, weights
 
-    def _product(self, name: str, x: Floats, weight: Floats) -> Floats:
-        return np.dot(x, weight, out=self._buffer(name, len(x), weight.shape[1]))
+    def _product(self, name: str, x: Floats, product: Product) -> Floats:
+        out = self._buffer(name, len(x), product.width)
+        product(x, out)
+        return out
 
     def _buffer(self, name: str, n: int, width: int) -> Floats:
         """Room for n rows, the same memory in every step."""

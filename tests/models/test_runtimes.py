@@ -4,6 +4,7 @@ import logging
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -18,18 +19,21 @@ from models.bundle import Bundle, BundleRejected, ModelConfig
 from models.features import F
 from models.network_config import NetworkConfig
 from models.runtimes import (
+    IN_BFLOAT16,
     RUNTIMES,
     TOLERANCE,
     Runtime,
     Slots,
     Step,
     open_runtime,
+    products,
     runtimes_of,
     set_threads,
     with_golden,
 )
 from models.runtimes.cuda import CudaRuntime
 from models.runtimes.numba import NumbaRuntime
+from models.runtimes.products import has_bfloat16
 from models.runtimes.torch import TorchRuntime, load_network
 from models.tabular import TabularConfig, outputs_of
 from tests.models.networks import (
@@ -327,6 +331,86 @@ def test_golden_values_come_from_zero_state() -> None:
     bundle = make_bundle()
     again = with_golden(bundle, bundle.golden["x"])
     assert again.version == bundle.version
+
+
+class TestBfloat16:
+    """Only the numba runtime has it, and only on CPUs that do."""
+
+    @pytest.fixture(autouse=True)
+    def _skip_without(self) -> None:
+        if not has_bfloat16():
+            pytest.skip("this CPU has no instructions for bfloat16")
+
+    def test_it_says_nearly_what_the_model_says(self) -> None:
+        for options in OPTIONS["carried"]:
+            runtime = open_runtime(make_bundle(**options), "auto", "cpu", "bfloat16")
+            runtime.grow(5)
+            x = make_x(5, 10)
+            values, weights = forecast(runtime.bundle, x)
+            said = [runtime.step(np.arange(5), x[:, t]) for t in range(10)]
+            difference = np.abs(np.stack([step.values for step in said], 1) - values)
+            assert 1e-6 < difference.max() < 2e-2
+            by_lag = np.stack([step.weights for step in said], 1)
+            np.testing.assert_allclose(by_lag, weights, atol=5e-3)
+
+    @settings(max_examples=10, deadline=None)
+    @given(data=st.data())
+    def test_what_a_row_says_does_not_depend_on_the_rows_beside_it(
+        self, data: st.DataObject
+    ) -> None:
+        x = make_x(400, 3)
+        bundle = make_bundle(hidden=64, attention_size=32, window=12)
+        whole, cut = (NumbaRuntime(bundle, 400, precision="bfloat16") for _ in range(2))
+        for t in range(3):
+            values = whole.step(np.arange(400), x[:, t]).values
+            order = data.draw(st.permutations(range(400)))
+            cuts = data.draw(st.lists(st.integers(0, 400), max_size=9))
+            for slots in np.split(np.array(order), sorted(cuts)):
+                said = cut.step(slots, x[slots, t]).values
+                np.testing.assert_allclose(said, values[slots], atol=1e-6)  # the head is float32
+        kept, again = (runtime.export(np.arange(400)) for runtime in (whole, cut))
+        for part, array in kept.items():
+            np.testing.assert_array_equal(again[part], array)
+
+    def test_its_state_goes_on_in_float32(self) -> None:
+        bundle = make_bundle()
+        half = NumbaRuntime(bundle, 3, precision="bfloat16")
+        whole = NumbaRuntime(bundle, 3)
+        x = make_x(3, 7)
+        for t in range(6):
+            half.step(np.arange(3), x[:, t])
+        whole.load(np.arange(3), half.export(np.arange(3)))
+        said, again = (r.step(np.arange(3), x[:, 6]) for r in (half, whole))
+        np.testing.assert_allclose(again.values, said.values, atol=2e-2)
+
+    def test_a_runtime_without_it_refuses(self) -> None:
+        for name, what in CASES:
+            if name not in (*IN_BFLOAT16, *(set(RUNTIMES) - AVAILABLE)):
+                with pytest.raises(BundleRejected, match="no precision but float32"):
+                    open_runtime(make_any_bundle(what), name, "cpu", "bfloat16")
+        with pytest.raises(BundleRejected, match="no precision but float32"):
+            open_runtime(make_tabular_bundle(), "auto", "cpu", "bfloat16")
+
+    def test_golden_values_are_held_to_a_wider_tolerance_and_still_held_to_it(self) -> None:
+        bundle = make_bundle()
+        other = {**bundle.golden, "values": bundle.golden["values"] + 0.1}
+        with pytest.raises(BundleRejected, match="golden"):
+            open_runtime(bundle.with_golden(other), "auto", "cpu", "bfloat16")
+
+
+def test_a_cpu_without_bfloat16_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = tmp_path / "cpuinfo"
+    assert not has_bfloat16(cpu)
+    for flags, has in (
+        ("avx512f avx512_vnni", False),
+        ("avx512f avx512_bf16", True),
+        ("bf16", True),
+    ):
+        cpu.write_text(f"flags : {flags} end")
+        assert has_bfloat16(cpu) is has
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+    with pytest.raises(ValueError, match="take precision float32"):
+        open_runtime(make_bundle(), "auto", "cpu", "bfloat16")
 
 
 def test_threads_are_set_in_torch_too_once_it_is_loaded() -> None:

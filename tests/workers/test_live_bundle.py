@@ -8,6 +8,7 @@ import pytest
 
 from models.bundle import BundleRejected
 from models.runtimes import Runtime, open_runtime
+from models.runtimes.products import has_bfloat16
 from schemas.codecs import encode
 from tests.workers.builders import make_bundle
 from workers.bundles import open_bundle, store_bundle
@@ -91,3 +92,19 @@ def test_a_store_of_another_kind_fails_as_a_disk_does_and_leaves_no_half_copy(
         assert open_bundle(settings, BUNDLE.version).bundle.version == BUNDLE.version
     finally:
         files.rm("/store", recursive=True)
+
+
+def test_a_bundle_is_opened_in_the_precision_of_the_settings(tmp_path: Path) -> None:
+    bundle = make_bundle()
+    half = Settings.model_validate({"store": str(tmp_path), "inference": {"precision": "bfloat16"}})
+    store_bundle(half, bundle)
+    if has_bfloat16():
+        assert open_bundle(half, bundle.version).bundle.version == bundle.version
+    else:
+        with pytest.raises(ValueError, match="bfloat16"):
+            open_bundle(half, bundle.version)
+
+
+def test_a_runtime_without_bfloat16_cannot_be_set_beside_it() -> None:
+    with pytest.raises(ValueError, match="needs the runtime numba"):
+        Settings.model_validate({"runtime": "torch", "inference": {"precision": "bfloat16"}})

@@ -28,8 +28,9 @@ ALWAYS = ("a", "b")
 NOW_AND_THEN = "c"
 """Comes and goes: each time the partitions are shared out anew."""
 SWAPS = (0.4, 0.7)
-"""At which share of the bars another champion is named; it takes effect `LEAD` later."""
-LEAD = 0.05
+"""At which share of the bars another champion is named, from the first bar time that is not sent yet."""
+HEARD_WITHIN_S = 3.0
+"""So long the feed waits then, so that no replica passes that time before it has heard."""
 BROKER_GONE_AT = 0.55
 PATIENCE_S = 900.0
 MAX_LAG = 100_000
@@ -75,12 +76,15 @@ def run(
             trouble.wait_until_all_work()
             trouble.every(kill_every_s, trouble.kill)
             trouble.every(rebalance_every_s, trouble.rebalance)
-            times = frame["ts"].to_numpy()
+            times, fed = frame["ts"].to_numpy(), 0
+
+            def name(champion: Bundle) -> None:
+                begun_ts = int(times[fed - 1])
+                trouble.swap(champion, int(times[times.searchsorted(begun_ts, "right")]))
+
             for number, share in enumerate(SWAPS, start=1):
-                from_ts = int(times[int((share + LEAD) * len(frame))])
-                trouble.at(share, partial(trouble.swap, bundles[number % 2], from_ts))
+                trouble.at(share, partial(name, bundles[number % 2]))
             trouble.at(BROKER_GONE_AT, lambda: trouble.lose_the_broker(broker_gone_s))
-            fed = 0
 
             def advance(n: int) -> None:
                 nonlocal fed
@@ -126,9 +130,14 @@ def promises_kept(result: dict[str, Any]) -> bool:
     )
 
 
-def _counted(settings: Settings, bundles: list[Bundle]) -> dict[str, Any]:
+def _schedules(settings: Settings) -> dict[int, Schedule]:
+    """What each partition has committed."""
     offsets = group_offsets(settings, settings.inference.group, BARS)
-    schedules = {p: Schedule.from_json(text) for p, (_, text) in offsets.items() if text}
+    return {p: Schedule.from_json(text) for p, (_, text) in offsets.items() if text}
+
+
+def _counted(settings: Settings, bundles: list[Bundle]) -> dict[str, Any]:
+    schedules = _schedules(settings)
     log = read_bars(settings)
     truth = undisturbed(log, schedules, bundles, log.bars.symbols[0])
     changes = [schedule.changes for schedule in schedules.values()]
@@ -208,13 +217,22 @@ class _Trouble:
         self.rebalances += 1
 
     def swap(self, bundle: Bundle, effective_ts: int) -> None:
+        """Name a champion, once every partition has taken up the one before, and let it be heard."""
+        self._patiently(self._champions_are_committed, "every partition to take up its champion")
         appoint(self._settings, "champion", bundle, effective_ts)
         self.swaps += 1
+        heard_at = time.monotonic() + HEARD_WITHIN_S
+        self._patiently(lambda: time.monotonic() >= heard_at, "the replicas to hear of a champion")
 
     def lose_the_broker(self, seconds: float) -> None:
         self._broker.stop_broker(kill=True)
         time.sleep(seconds)
         self._broker.start_broker()
+
+    def _champions_are_committed(self) -> bool:
+        schedules = _schedules(self._settings).values()
+        there = [s for s in schedules if len(s.changes["champion"]) > self.swaps]
+        return len(there) == self._settings.kafka.partitions
 
     def _patiently(self, true: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE_S

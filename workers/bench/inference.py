@@ -9,6 +9,7 @@ import numpy as np
 
 from models.bundle import Bundle
 from models.runtimes import open_runtime, runtimes_of, set_threads
+from models.runtimes.products import Precision
 from schemas.topics import PREDICTIONS
 from workers.bench.fixtures import Market, Tell, WarmState, default_bundle, quietly, silent_minutes
 from workers.bench.stage import (
@@ -39,6 +40,7 @@ def run(
     runtimes: Sequence[str] = ("auto",),
     windows: Sequence[int] = (30,),
     attention_every: int = 1,
+    precision: Precision = "float32",
     tell: Tell = quietly,
 ) -> list[dict[str, Any]]:
     """Put all bars on the broker, then let one replica after another work through them.
@@ -65,6 +67,7 @@ def run(
                         inference={
                             "group": f"{runtime}-{delivery}",
                             "attention_every": attention_every,
+                            "precision": precision,
                         },
                     )
                     lay_snapshots(mine, state)
@@ -94,6 +97,7 @@ def _row(settings: Settings, bundle: Bundle, symbols: int, expected: int) -> dic
         "share_of_model_only": round(rate / alone, 3),
         "delivery": settings.kafka.delivery,
         "runtime": settings.runtime,
+        "precision": settings.inference.precision,
         "symbols": symbols,
         "window": bundle.config.window,
         "attention_every": settings.inference.attention_every,
@@ -107,7 +111,8 @@ def _row(settings: Settings, bundle: Bundle, symbols: int, expected: int) -> dic
 
 def model_only_per_s(bundle: Bundle, settings: Settings, symbols: int) -> float:
     """Carried steps of the same runtime on `symbols` rows at once, nothing around them."""
-    runtime = open_runtime(bundle, settings.runtime, settings.device)
+    precision = settings.inference.precision
+    runtime = open_runtime(bundle, settings.runtime, settings.device, precision)
     set_threads(settings.inference.torch_threads)
     runtime.grow(symbols)
     slots = np.arange(symbols)

@@ -1,7 +1,7 @@
 """The group `bench`: each command measures on this machine."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,6 +31,9 @@ def bench_inference(
     attention_every: Annotated[
         int, typer.Option(min=0, help="A summary for every n-th bar of a symbol; 0: none.")
     ] = 1,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the products in the numba runtime.")
+    ] = "float32",
     json: JsonOption = False,
 ) -> None:
     """Predictions per second: one process, one replica, real Kafka, the default network."""
@@ -42,7 +45,16 @@ def bench_inference(
     runtimes = every_runtime() if runtime == "all" else runtime.split(",")
     windows = [int(each) for each in window.split(",")]
     with told() as tell:
-        rows = run(symbols, bars_per_symbol, deliveries, runtimes, windows, attention_every, tell)
+        rows = run(
+            symbols,
+            bars_per_symbol,
+            deliveries,
+            runtimes,
+            windows,
+            attention_every,
+            precision,
+            tell,
+        )
     show(rows[0] if len(rows) == 1 else {"rows": rows}, json)
 
 
