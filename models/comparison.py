@@ -18,7 +18,7 @@ BETS, BOLD = 0.9 * np.exp2(-np.arange(8.0)), 4
 """Fractions staked; the wealth is the mean over them, so none has to be tuned. All are staked by the
 running scale, the root mean square of past differences, which sees small gains; so many of them by
 the usual one too, by which differences vary while all is well, or the greatest loss so far where that
-is more: a gain far beyond the usual wins after eleven pairs. Half of the wealth is in either."""
+is more: a gain far beyond the usual wins after ten pairs. Half of the wealth is in either."""
 GAIN_LIMIT, RUIN = 3.0, 3.0
 """In scales. Losses are heavy-tailed: a gain is
 cut at its limit, which can only cost power; a loss is never cut, one of `RUIN` / 0.9 scales takes
@@ -27,11 +27,11 @@ after 25 bets at alpha 0.0125, 47 at `RUIN` 6) and the less a rare great loss co
 170 pairs long, 0.05 to 0.35 alpha are promoted where differences are normal, t3 or exponential,
 0.9 to 1.3 alpha where losses are lognormal. What no test can see is a failure too rare to have
 happened yet: against that stands the probation after a promotion."""
-CAUTION = 3.0
+CAUTION = 2.0
 """So many times 1 / alpha is the wealth that decides. Forecasts err in the same way for longer than one
 pair lasts, which a bettor who follows them can use though neither is better in the long run: with
-errors that halve in 34 bars and pairs of 30, 0.07 of challengers no better reached 1 / alpha = 20 and
-0.03 three times that."""
+errors that halve in 34 bars and pairs of 30, 0.04 of challengers no better reached 1 / alpha = 20, and
+0.02 twice that (tests/benchmarks/quality-loop.md)."""
 RICH = 1e300
 """Wealth beyond it is not counted: it only has to stay finite."""
 OPENING_PAIRS = 4

@@ -194,18 +194,25 @@ def perfect(seed: int, symbols: int, horizon: int) -> Watched:
 
 
 def differences(horizon: int, r2: Floats, said: Floats) -> Floats:
-    """Running losses of the one forecaster less those of the other f64[n, S], NaN in the first rows.
+    """Running losses of champion less reference f64[n, S], NaN in the first rows; as `running`."""
+    losses = running(horizon, r2, said)
+    return np.asarray(losses[:, :, 0] - losses[:, :, 1])
 
-    r2 f64[n, S] is each bar's, said f64[n, S, 2] at its close.
+
+def running(horizon: int, r2: Floats, said: Floats) -> Floats:
+    """Running losses f64[n, S, 2] of a forecaster and the reference, NaN in the first rows.
+
+    r2 f64[n, S] is each bar's squared return, said f64[n, S, 2] what both say at its close.
     """
     n, symbols = r2.shape
-    running = RunningLosses(Target(kind="volatility", horizon=horizon), SPEC, symbols)
+    losses = RunningLosses(Target(kind="volatility", horizon=horizon), SPEC, symbols)
     ts = FIRST_TS + MINUTE_MS * np.repeat(np.arange(n - 1), symbols)
     slots = np.tile(np.arange(symbols), n - 1)
     before, r2 = said[:-1].reshape(-1, 2), np.ascontiguousarray(r2[1:]).ravel()
-    losses = running.update(slots, ts, ts + MINUTE_MS, r2, np.ascontiguousarray(before))
-    found = np.full((n, symbols), np.nan)
-    found[1:] = (losses[:, 0] - losses[:, 1]).reshape(n - 1, symbols)
+    found = np.full((n, symbols, 2), np.nan)
+    found[1:] = losses.update(slots, ts, ts + MINUTE_MS, r2, np.ascontiguousarray(before)).reshape(
+        n - 1, symbols, 2
+    )
     return found
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from models.comparison import Comparison, Rule, Verdict
 from models.scoring import loss
 from models.targets import Target
-from workers.bench.monitor_arl import differences, log_realised
+from workers.bench.monitor_arl import differences, log_realised, running
 from workers.config import MonitorSettings
 
 Floats = NDArray[np.float64]
@@ -82,12 +82,16 @@ def compare(
 ) -> Ending:
     """One comparison to its end, by the rule that the monitor goes by; `usual` is the usual scale."""
     n, h = rule.max_bars, TARGET.horizon
-    shared, own, other = (errors(rng, n + h, symbols) for _ in range(3))
+    shared, own, other, third = (errors(rng, n + h, symbols) for _ in range(4))
     ours, theirs = (
         sd * (np.sqrt(SHARED) * shared + np.sqrt(1 - SHARED) * rest)
         for sd, rest in ((champion_sd, own), (challenger_sd, other))
     )
-    gains = differences(h, squares(rng, n + h, symbols), np.stack([ours, theirs], axis=2))[h:]
+    r2, reference = squares(rng, n + h, symbols), ERROR_SD * third
+    losses, others = (
+        running(h, r2, np.stack([said, reference], axis=2))[h:, :, 0] for said in (ours, theirs)
+    )
+    gains = losses - others
     comparison = Comparison(rule, usual_scale=usual, pair_bars=h)
     for ts, gain in enumerate(gains.mean(axis=1).tolist()):
         if comparison.update(ts, ts, gain):
