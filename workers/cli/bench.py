@@ -243,7 +243,7 @@ def bench_monitor_arl(
 def bench_retrain(
     sessions: Annotated[int, typer.Option(min=2, help="After the break.")] = 6,
     symbols: Annotated[int, typer.Option(min=1)] = 4,
-    seeds: Annotated[int, typer.Option(min=1, help="Markets for each break.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Markets for each break.")] = 4,
     json: JsonOption = False,
 ) -> None:
     """Excess loss won back after simulated breaks, and CPU seconds: loop, daily, bias only, never."""
