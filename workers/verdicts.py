@@ -76,6 +76,7 @@ class Alarm:
     bundle: str
     detector: str
     statistic: float
+    """The highest since `since_ts`: an alarm that is raised again need not stand above its threshold now."""
     threshold: float
     arl0_bars: int
     since_ts: int
@@ -112,6 +113,8 @@ class _Open:
     again_from: int
     """Bar times since `since_ts` at which it is raised again, at the earliest."""
     repeats: int = 0
+    highest: float = 0.0
+    """Of the statistic since then."""
 
 
 @dataclass
@@ -547,12 +550,13 @@ class Judge:
             # Where the detector fires on a single value its CUSUM may be at zero: then since now.
             since_ts = drift.since_ts if drift.since_ts >= 0 else ts
             known = held.open = _Open(since_ts, held.pooled, 0)
+        known.highest = max(known.highest, drift.statistic)
         known.again_from = max(2 * held.excess_bars, self._settings.repeat_bars)
         held.ended = on_probation
         return Alarm(
             bundle=held.bundle,
             detector=held.detector.name,
-            statistic=drift.statistic,
+            statistic=known.highest,
             threshold=threshold,
             arl0_bars=held.calibration.arl0_bars,
             since_ts=known.since_ts,

@@ -139,6 +139,19 @@ def test_an_alarm_names_since_when_how_much_and_whom() -> None:
     assert alarm.roll_back_to is None
 
 
+def test_an_alarm_whose_time_has_come_is_raised_again_below_the_threshold_if_things_get_worse() -> (
+    None
+):
+    monitor = SETTINGS.model_copy(update={"repeat_bars": 30, "cool_down_bars": 100})
+    for after, said in ((0.3, [0, 1]), (0.0, [0])):
+        losses = [*QUIET, *[1.5] * 6, *[after] * 50]
+        alarms = verdicts_on(make_judge(monitor=monitor), make_rows(losses))
+        assert [alarm.repeats for alarm in alarms if isinstance(alarm, Alarm)] == said
+        for alarm in alarms:
+            assert isinstance(alarm, Alarm)
+            assert alarm.statistic > alarm.threshold, "the highest since it is open"
+
+
 def test_an_alarm_is_raised_once_until_it_is_over_and_again_at_twice_as_many_bars() -> None:
     monitor = SETTINGS.model_copy(update={"repeat_bars": 50})
     said = verdicts_on(make_judge(monitor=monitor), make_rows([1.5] * 250))
