@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from schemas.messages import Degradation
 from workers.config import Settings
 from workers.logs import event
-from workers.verdicts import Point
+from workers.watch import Point
 
 log = logging.getLogger(__name__)
 

@@ -68,7 +68,8 @@ from workers.scoring import Scorer
 from workers.service import Service
 from workers.snapshots import Snapshots
 from workers.store import Outbox, Registry, wall_ms
-from workers.verdicts import Alarm, Decision, Judge, level_of
+from workers.verdicts import Decision, Judge, level_of
+from workers.watch import Alarm
 from workers.watchdog import Watchdog
 from workers.windows import Windows
 

@@ -26,7 +26,8 @@ from workers import lifecycle
 from workers.config import Settings
 from workers.joining import Holder
 from workers.retraining import epochs_of
-from workers.verdicts import ROW, Alarm, Decision, Judge, challenger_slots
+from workers.verdicts import ROW, Decision, Judge, challenger_slots
+from workers.watch import Alarm
 
 Strategy = Literal["never", "daily", "daily_bias", "alarm", "alarm_at_once"]
 """Of answering: not at all; with a fine-tune or a bias correction after each session, put in charge

@@ -11,33 +11,30 @@ of `alpha` at most (Bonferroni's inequality, on Ville's for each).
 """
 
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from models.comparison import Comparison, Evidence, Rule
-from models.drift import Calibration, Detector, passing
+from models.drift import Calibration, passing
 from schemas.messages import ARM_OF, ARM_SLOTS, CHALLENGERS, Challenger, Lifecycle, Slot
 from workers.config import MonitorSettings
 from workers.joining import Holder
+from workers.watch import Alarm, ChampionWatch, Point
 
 GRACE_BARS = 5
 """Bar times that wait for symbols with absent bars, whose labels mature later."""
-PROBATION_SHARE = 0.5
-"""Of the threshold, while a promoted bundle is on probation."""
 LEAST_SCALE = 0.01
 """Of the standard deviation of the champion's differences: finer ones are not bet upon boldly."""
 FALSE_SYMBOLS = 0.1
 """Share at most of the symbols named in an alarm that are expected to be named wrongly."""
 MOST_SYMBOLS = 50
 """Named in an alarm, the worst first."""
-TRACE_BARS = 4_000
-"""Bar times of the statistic that are kept for the picture of an alarm."""
 PASSED_OVER_ROWS = 16_384
 """Rows of a partition after the last one of a holder from which it is not waited for any more: a
 transaction of the inference worker, which writes all rows of one holder and then those of the next,
@@ -61,37 +58,6 @@ ROW = np.dtype(
 Rows = NDArray[np.void]
 
 
-class Point(NamedTuple):
-    """The statistic after one bar time."""
-
-    ts: int
-    statistic: float
-    threshold: float
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """The champion is worse than its frozen reference; on probation the parent should come back."""
-
-    bundle: str
-    detector: str
-    statistic: float
-    """The highest since `since_ts`: an alarm that is raised again need not stand above its threshold now."""
-    threshold: float
-    arl0_bars: int
-    since_ts: int
-    ts: int
-    symbols: dict[str, float]
-    """Those that are worse by themselves, the worst first: mean of loss minus reference loss."""
-    excess_loss: float
-    """Mean of loss minus reference loss over all symbols since `since_ts`."""
-    bars: int
-    """Bar times since then."""
-    repeats: int
-    """How often this alarm has been raised before: it is open since."""
-    roll_back_to: str | None
-
-
 @dataclass(frozen=True)
 class Decision:
     """A comparison has ended: `evidence.verdict` is promote or refuse; an arm is only ever refused."""
@@ -101,38 +67,6 @@ class Decision:
     rival: str
     ts: int
     evidence: Evidence
-
-
-@dataclass
-class _Open:
-    """An alarm that was raised and is not over."""
-
-    since_ts: int
-    crossed_at: int
-    """Count of pooled bar times at which the statistic last stood above its threshold."""
-    again_from: int
-    """Bar times since `since_ts` at which it is raised again, at the earliest."""
-    repeats: int = 0
-    highest: float = 0.0
-    """Of the statistic since then."""
-
-
-@dataclass
-class _Champion:
-    bundle: str
-    parent: str | None
-    from_ts: int
-    probation_bars: int
-    detector: Detector
-    calibration: Calibration | None = None
-    pooled: int = 0
-    """Bar times looked at."""
-    excess: float = 0.0
-    excess_bars: int = 0
-    """Of the differences since the statistic last left zero, or since an open alarm began."""
-    open: _Open | None = None
-    ended: bool = False
-    """It is being rolled back: nothing more is said about it."""
 
 
 @dataclass
@@ -159,7 +93,6 @@ class Judge:
     _own: NDArray[np.float64]
     """By symbol: its own CUSUM, sum and number of its differences since that left zero, and of all."""
     _rank: NDArray[np.int64]
-    _trace: deque[Point]
 
     def __init__(
         self,
@@ -173,7 +106,7 @@ class Judge:
         self._settings, self._interval_ms, self._pair_bars = settings, interval_ms, pair_bars
         self._symbols, self._holders = symbols, holders
         self._watch = frozenset(settings.watch)
-        self._champion: _Champion | None = None
+        self._champion: ChampionWatch | None = None
         self._rivals: dict[Slot, _Rival] = {}
         self._reset([])
         self._settled_ts = -1
@@ -215,9 +148,7 @@ class Judge:
         Elsewhere champion and rivals are all waited for.
 
         A verdict on the champion or a rival is made once: what follows from it comes back as
-        a lifecycle record. A champion's alarm is open until nothing was above the threshold for
-        `cool_down_bars`; while it is, it is raised anew after `repeat_bars` since its beginning, then at twice as
-        many bars as the last time.
+        a lifecycle record. How often an alarm is raised is for `workers.watch`.
         """
         complete = max(self._complete_before(idle, whole), self._settled_ts + 1)
         if not any((rows["ts"] < complete).any() for rows in self._pool):
@@ -239,13 +170,14 @@ class Judge:
         weighed = 0
         for ts in np.unique(rows["ts"][rows["ts"] > self._settled_ts]).tolist():
             self._settled_ts = ts
-            if (k := places.get(ts)) is not None:
+            held = self._champion
+            if held is not None and (k := places.get(ts)) is not None:
                 end = int(first[k + 1])
-                above = self._weigh_champion(ts, float(means[k]), float(z[k]))
-                if above or self._is_due_again():
+                held.weigh(ts, float(means[k]), float(z[k]))
+                if held.is_due:
                     self._weigh_symbols(champions[weighed:end])
                     weighed = end
-                    if alarm := self._alarm(ts, above):
+                    if alarm := held.alarm(ts, self._guilty()):
                         yield from self._not_ahead(ts) if alarm.repeats else ()
                         yield alarm
             for slot, by_time in gains.items():
@@ -274,31 +206,20 @@ class Judge:
 
     @property
     def alarm_is_open(self) -> bool:
-        return self._champion is not None and self._champion.open is not None
+        return self._champion is not None and self._champion.alarm_is_open
 
     @property
     def trace(self) -> list[Point]:
         """The champion's statistic of late, as far as this process has seen it."""
-        return list(self._trace)
+        return list(self._champion.trace) if self._champion else []
 
     # ---- state ----
 
     def to_json(self) -> str:
         """All but the pool and the symbols: some hundred bytes, committed with the offsets."""
         state: dict[str, Any] = {"settled_ts": self._settled_ts}
-        if (c := self._champion) is not None:
-            state["champion"] = {
-                "bundle": c.bundle,
-                "parent": c.parent,
-                "from_ts": c.from_ts,
-                "probation_bars": c.probation_bars,
-                "detector": c.detector.export(),
-                "pooled": c.pooled,
-                "excess": c.excess,
-                "excess_bars": c.excess_bars,
-                "open": vars(c.open) if c.open else None,
-                "ended": c.ended,
-            }
+        if self._champion is not None:
+            state["champion"] = self._champion.export()
         state["rivals"] = {
             slot: {
                 "bundle": rival.holder.bundle,
@@ -322,14 +243,8 @@ class Judge:
         self._champion = None
         self._rivals = {}
         self._settled_ts = state["settled_ts"]
-        if c := state.get("champion"):
-            detector = Detector(c["detector"]["name"], np.inf)
-            detector.load(c["detector"])
-            self._champion = _Champion(
-                **{k: v for k, v in c.items() if k not in ("detector", "open")},
-                detector=detector,
-                open=c["open"] and _Open(**c["open"]),
-            )
+        if champion := state.get("champion"):
+            self._champion = ChampionWatch.of(self._settings, champion)
         for slot, s in state.get("rivals", {}).items():
             rival = self._new_rival(slot, s["bundle"], s["effective_ts"], s["from_ts"])
             rival.comparison.load(s["comparison"])
@@ -393,7 +308,6 @@ class Judge:
         self._seen_ts = dict.fromkeys(self._newest, -1)
         self._own = np.zeros((0, 4))
         self._rank = np.zeros(0, np.int64)
-        self._trace = deque(maxlen=TRACE_BARS)
 
     # ---- columns ----
 
@@ -503,76 +417,14 @@ class Judge:
         slowest = min(waited_for) if waited_for else max(newest, default=-1)
         return slowest - GRACE_BARS * self._interval_ms
 
-    def _weigh_champion(self, ts: int, difference: float, z: float) -> bool:
-        """Whether the statistic stands above its threshold."""
-        held = self._champion
-        if held is None or held.calibration is None or held.ended:
-            return False
-        held.pooled += 1
-        on_probation = self._is_on_probation(held)
-        full = held.calibration.threshold_of(held.detector.name) or held.calibration.threshold
-        held.detector.threshold = full * PROBATION_SHARE if on_probation else full
-        above = held.detector.update(z, ts)
-        drift = held.detector.get()
-        self._trace.append(Point(ts, drift.statistic, held.detector.threshold))
-        if drift.since_ts < 0 and held.open is None:
-            held.excess, held.excess_bars = 0.0, 0
-        else:
-            held.excess += difference
-            held.excess_bars += 1
-        if held.open and held.pooled - held.open.crossed_at > self._settings.cool_down_bars:
-            held.open = None
-            held.excess, held.excess_bars = 0.0, 0
-        return above
-
-    def _is_due_again(self) -> bool:
-        """An open alarm's time has come, and the champion is still getting worse."""
-        held = self._champion
-        if held is None or held.open is None or held.ended:
-            return False
-        return held.detector.get().since_ts >= 0 and held.excess_bars >= held.open.again_from
-
-    def _alarm(self, ts: int, above: bool) -> Alarm | None:
-        """The alarm that the statistic gives; None where it has been said already."""
-        held = self._champion
-        assert held is not None
-        assert held.calibration is not None
-        drift, threshold = held.detector.get(), held.detector.threshold
-        on_probation = self._is_on_probation(held)
-        if above:
-            held.detector.reset()
-        if (known := held.open) is not None:
-            known.crossed_at = held.pooled if above else known.crossed_at
-            if held.excess_bars < known.again_from:
-                return None
-            known.repeats += 1
-        else:
-            # Where the detector fires on a single value its CUSUM may be at zero: then since now.
-            since_ts = drift.since_ts if drift.since_ts >= 0 else ts
-            known = held.open = _Open(since_ts, held.pooled, 0)
-        known.highest = max(known.highest, drift.statistic)
-        known.again_from = max(2 * held.excess_bars, self._settings.repeat_bars)
-        held.ended = on_probation
-        return Alarm(
-            bundle=held.bundle,
-            detector=held.detector.name,
-            statistic=known.highest,
-            threshold=threshold,
-            arl0_bars=held.calibration.arl0_bars,
-            since_ts=known.since_ts,
-            ts=ts,
-            symbols=self._guilty(held.calibration),
-            excess_loss=held.excess / max(held.excess_bars, 1),
-            bars=held.excess_bars,
-            repeats=known.repeats,
-            roll_back_to=held.parent if on_probation else None,
-        )
-
-    def _guilty(self, calibration: Calibration) -> dict[str, float]:
+    def _guilty(self) -> dict[str, float]:
         """Symbols whose own CUSUM is beyond chance, by excess loss since it left zero."""
+        held = self._champion
+        if held is None or held.calibration is None:
+            return {}
         statistic, excess, bars, seen = self._own.T
         here = np.flatnonzero(seen)
-        p_values = np.exp(-statistic[here] / calibration.scale_of_symbols)
+        p_values = np.exp(-statistic[here] / held.calibration.scale_of_symbols)
         named = here[passing(p_values, FALSE_SYMBOLS) & (statistic[here] > 0)]
         means = excess[named] / bars[named]
         worst = sorted((-m, self._symbols[i][1]) for i, m in zip(named, means, strict=True))
@@ -619,9 +471,6 @@ class Judge:
                 evidence = evidence._replace(verdict="refuse")
                 yield Decision(slot, self._champion.bundle, rival.holder.bundle, ts, evidence)
 
-    def _is_on_probation(self, held: _Champion) -> bool:
-        return held.parent is not None and held.pooled <= held.probation_bars
-
     def _make_room(self) -> None:
         if len(self._own) < len(self._symbols):
             grown = np.zeros((2 * len(self._symbols), 4))
@@ -636,48 +485,23 @@ class Judge:
             self._champion = None
         elif held is not None and (held.bundle, held.from_ts) == _term(record):
             if held.calibration is None and calibration is not None:
-                held.calibration = calibration
-                held.detector = self._new_detector(calibration, held.detector.export())
+                held.calibrate(calibration)
                 for rival in self._rivals.values():
                     rival.comparison.least_scale = LEAST_SCALE * calibration.sd
                     rival.comparison.usual_scale = calibration.pair_sd
         else:
             probation = int(record.evidence.get("probation_bars", 0))
-            self._champion = self._new_champion(
-                record.bundle, record.parent, record.effective_ts, probation, calibration
+            self._champion = ChampionWatch(
+                self._settings, record.bundle, record.effective_ts, record.parent, probation
             )
+            if calibration is not None:
+                self._champion.calibrate(calibration)
             self._own[:] = 0.0
-            self._trace.clear()
             for slot, rival in self._rivals.items():  # they were compared with somebody else
                 from_ts = max(rival.from_ts, record.effective_ts)
                 self._rivals[slot] = self._new_rival(
                     slot, rival.holder.bundle, rival.effective_ts, from_ts
                 )
-
-    def _new_champion(
-        self,
-        bundle: str,
-        parent: str | None,
-        from_ts: int,
-        probation_bars: int,
-        calibration: Calibration | None,
-    ) -> _Champion:
-        detector = self._new_detector(calibration, None)
-        return _Champion(bundle, parent, from_ts, probation_bars, detector, calibration)
-
-    def _new_detector(
-        self, calibration: Calibration | None, state: Mapping[str, Any] | None
-    ) -> Detector:
-        """The wanted one; the CUSUM where the bundle has no threshold for it."""
-        name = self._settings.detector
-        if calibration is not None and calibration.threshold_of(name) is None:
-            name = "cusum"
-        threshold = (calibration and calibration.threshold_of(name)) or np.inf
-        slack = calibration.slack if calibration else 0.0
-        detector = Detector(name, threshold, slack)
-        if state is not None:
-            detector.load(state)
-        return detector
 
     def _new_rival(
         self, slot: Slot, bundle: str, effective_ts: int, from_ts: int | None = None

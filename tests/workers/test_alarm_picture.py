@@ -5,7 +5,7 @@ from pathlib import Path
 from schemas.messages import Degradation
 from workers.alarm_picture import picture_uri, store_picture
 from workers.config import Settings
-from workers.verdicts import Point
+from workers.watch import Point
 
 TRACE = [Point(60_000 * i, max(0.0, i - 20.0), 10.0) for i in range(40)]
 

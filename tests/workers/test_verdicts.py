@@ -17,7 +17,8 @@ from schemas.messages import Arm, Lifecycle, Role, Slot
 from tests.workers.builders import MINUTE_MS
 from workers.config import MonitorSettings
 from workers.joining import Holder
-from workers.verdicts import ROW, Alarm, Decision, Judge
+from workers.verdicts import ROW, Decision, Judge
+from workers.watch import Alarm
 
 CALM = Calibration(
     low=-9.0,
