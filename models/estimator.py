@@ -110,7 +110,8 @@ class BarForecaster(BaseEstimator):  # type: ignore[misc] # scikit-learn has no 
         values = replay(open_runtime(self.bundle_, device=self.device), past)
         scored = score(self.bundle_, past, values)
         loss, reference = (
-            np.nanmean(np.concatenate(columns), axis=0) for columns in zip(*scored, strict=True)
+            np.nanmean(np.concatenate(columns), axis=0)
+            for columns in ([s.losses for s in scored], [s.reference_losses for s in scored])
         )
         return float(np.mean(1 - loss / reference))
 
