@@ -71,10 +71,7 @@ class Calibration(BaseModel):
     """Bar times it was calibrated on; fewer than `arl0_bars` means an uncertain threshold."""
 
     def standardise(self, differences: Floats) -> Floats:
-        return (self.cut(differences) - self.mean) / self.sd
-
-    def cut(self, differences: Floats) -> Floats:
-        return differences if self.low is None else np.clip(differences, self.low, self.high)
+        return (_cut(differences, self.low, self.high) - self.mean) / self.sd
 
     def pool(self, means: Floats, n_symbols: Ints) -> Floats:
         return pool(means, n_symbols, self.correlation)
@@ -110,7 +107,7 @@ def calibrate(
     low, high = None, None
     if pair_bars is None:
         low, high = np.quantile(differences[present], [WINSORISED, 1 - WINSORISED]).tolist()
-    cut = differences if low is None else np.clip(differences, low, high)
+    cut = _cut(differences, low, high)
     mean, sd = float(np.mean(np.nanmean(cut, axis=1))), float(np.std(cut[present]))
     if not sd > 0:
         raise ValueError("the validation differences do not vary: nothing to calibrate on")
@@ -307,6 +304,10 @@ def passing(p_values: Floats, false_share: float) -> NDArray[np.bool_]:
     named = np.zeros(n, np.bool_)
     named[order[: below[-1] + 1 if len(below) else 0]] = True
     return named
+
+
+def _cut(differences: Floats, low: float | None, high: float | None) -> Floats:
+    return differences if low is None else np.clip(differences, low, high)
 
 
 def _pair_sd(means: Floats, pair_bars: int) -> float:

@@ -15,7 +15,7 @@ from models.dataset import History
 from models.drift import DETECTORS, Calibration, calibrate
 from models.features import WARM_UP_BARS, FeatureSpec
 from models.forecasters import expected_variance
-from models.running_loss import running_losses, runs_up
+from models.running_loss import pair_bars, running_losses, runs_up
 from models.scoring import Floats, loss
 from models.splits import Span
 from models.targets import Target
@@ -31,9 +31,6 @@ class Scored(NamedTuple):
 
     losses: Floats
     reference_losses: Floats
-    watched: Floats
-    """What the monitor watches of them, in the row of the bar at which it is pooled: the difference of
-    running losses where the target has them, else of matured ones."""
 
 
 def score(bundle: Bundle, past: Sequence[History], values: Sequence[Floats]) -> list[Scored]:
@@ -42,7 +39,7 @@ def score(bundle: Bundle, past: Sequence[History], values: Sequence[Floats]) -> 
     scored = []
     for h, v in zip(past, values, strict=True):
         log_variances = baselines.history(config.features, h.ts, h.ohlcv[:, 3])
-        losses, reference_losses, watched = (np.empty(v.shape) for _ in range(3))
+        losses, reference_losses = np.empty(v.shape), np.empty(v.shape)
         for k, (target, reference) in enumerate(
             zip(config.targets, config.references, strict=True)
         ):
@@ -51,13 +48,30 @@ def score(bundle: Bundle, past: Sequence[History], values: Sequence[Floats]) -> 
             reference_losses[:, k] = np.where(
                 np.isnan(v[:, k]), np.nan, loss(target, said, h.y[:, k])
             )
-            watched[:, k] = losses[:, k] - reference_losses[:, k]
-            if runs_up(target):
-                both = np.stack([v[:, k], said], axis=1)
-                running = running_losses(target, config.features, h.ts, h.ohlcv, both)
-                watched[:, k] = running[:, 0] - running[:, 1]
-        scored.append(Scored(losses, reference_losses, watched))
+        scored.append(Scored(losses, reference_losses))
     return scored
+
+
+def watched(
+    bundle: Bundle, past: Sequence[History], values: Sequence[Floats], scored: Sequence[Scored]
+) -> list[Floats]:
+    """What the monitor watches of each symbol f64[n, K], in the row of the bar at which it is pooled.
+
+    The difference of running losses where the target has them, else of the matured ones in `scored`.
+    """
+    config, found = bundle.config, []
+    for h, v, s in zip(past, values, scored, strict=True):
+        differences = s.losses - s.reference_losses
+        log_variances = baselines.history(config.features, h.ts, h.ohlcv[:, 3])
+        for k, (target, reference) in enumerate(
+            zip(config.targets, config.references, strict=True)
+        ):
+            if runs_up(target):
+                said = np.stack([v[:, k], reference.forecast(target, log_variances)], axis=1)
+                running = running_losses(target, config.features, h.ts, h.ohlcv, said)
+                differences[:, k] = running[:, 0] - running[:, 1]
+        found.append(differences)
+    return found
 
 
 def fit_references(
@@ -94,25 +108,23 @@ def variance_bias(
 def calibrations_of(
     past: Sequence[History],
     targets: Sequence[Target],
-    scored: Sequence[Scored],
+    differences_of: Sequence[Floats],
     arl0_bars: int,
     seed: int,
 ) -> tuple[Calibration | None, ...]:
-    """The alarm of each target; None where there is too little to calibrate on."""
+    """The alarm of each target, from what `watched` gave; None where there is too little for one."""
     times = np.unique(bar_times(past))
     found = []
     for k, target in enumerate(targets):
-        differences = [s.watched[:, k] for s in scored]
+        differences = [own[:, k] for own in differences_of]
         busiest = sorted(range(len(past)), key=lambda i: -np.isfinite(differences[i]).sum())
         wide = np.full((len(times), min(len(past), MAX_CALIBRATION_SYMBOLS)), np.nan)
         for column, i in enumerate(busiest[: wide.shape[1]]):
             wide[np.searchsorted(times, past[i].ts), column] = differences[i]
         wide = wide[np.isfinite(wide).any(axis=1)]
-        pair_bars = target.horizon if runs_up(target) else None
+        pairs = pair_bars(target) if runs_up(target) else None
         found.append(
-            calibrate(
-                wide, target.horizon, arl0_bars, seed, detectors=DETECTORS, pair_bars=pair_bars
-            )
+            calibrate(wide, target.horizon, arl0_bars, seed, detectors=DETECTORS, pair_bars=pairs)
             if len(wide) >= MIN_CALIBRATION_BARS
             else None
         )

@@ -38,6 +38,7 @@ from models.evidence import (
     provenance_of,
     too_short,
     variance_bias,
+    watched,
 )
 from models.evidence import score as score
 from models.features import WARM_UP_BARS, F, FeatureSpec
@@ -255,10 +256,12 @@ def with_evidence(
     is given, alarms.
     """
     targets = bundle.config.targets
-    scored = score(bundle, past, forecast(bundle, past, span, device))
+    values = forecast(bundle, past, span, device)
+    scored = score(bundle, past, values)
     if recipe := calibrated_by:
         seed, arl0_bars = recipe.training.seed, recipe.arl0_bars
-        alarms = calibrations_of(past, targets, scored, arl0_bars, seed)
+        differences = watched(bundle, past, values, scored)
+        alarms = calibrations_of(past, targets, differences, arl0_bars, seed)
         config = bundle.config.model_copy(update={"calibrations": alarms})
         bundle = replace(bundle, config=config)
     bundle = replace(bundle, metrics={**bundle.metrics, **metrics_of(targets, scored)})

@@ -36,6 +36,11 @@ def runs_up(target: Target) -> bool:
     return target.kind == "volatility"
 
 
+def pair_bars(target: Target) -> int:
+    """Bar times in a pair of `models.comparison`: a horizon of them where no label has to mature."""
+    return target.horizon if runs_up(target) else 1
+
+
 class RunningLosses(Slots):
     """Of many series (one forecaster, one symbol), by slot, bar by bar."""
 

@@ -26,6 +26,7 @@ from models.evidence import (
     score,
     too_short,
     variance_bias,
+    watched,
 )
 from models.features import WARM_UP_BARS, F, FeatureSpec
 from models.panel import infer_spec
@@ -114,8 +115,10 @@ def fit_tabular(
         provenance=provenance_of(past, recipe.seed, parent),
     )
     bundle = _levelled(bundle, past, fold.validation)
-    scored = score(bundle, past, forecast(bundle, past, fold.validation))
-    calibrations = calibrations_of(past, targets, scored, recipe.arl0_bars, recipe.seed)
+    values = forecast(bundle, past, fold.validation)
+    scored = score(bundle, past, values)
+    differences = watched(bundle, past, values, scored)
+    calibrations = calibrations_of(past, targets, differences, recipe.arl0_bars, recipe.seed)
     config = bundle.config.model_copy(update={"calibrations": calibrations})
     bundle = replace(bundle, config=config, metrics=metrics_of(targets, scored))
     return with_inputs(with_golden(bundle, golden_inputs(past, fold.validation)), past)

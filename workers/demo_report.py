@@ -11,7 +11,7 @@ from models.running_loss import running_losses
 from workers import report
 from workers.config import MonitorSettings
 from workers.joining import Holder
-from workers.verdicts import ROW, Judge, Rows
+from workers.verdicts import ROW, Judge, Rows, rows_of
 
 if TYPE_CHECKING:
     from workers.demo import Director, Evidence, Options, Story
@@ -212,11 +212,7 @@ def _running_rows(evidence: "Evidence", names: Sequence[str], bundles: Sequence[
             both[at, 0] = mine["value"]
             both[at, 1] = config.references[0].forecast(target, variances)[at]
             losses = running_losses(target, config.features, ts, ohlcv, both)
-            rows = np.zeros(len(ts), ROW)
-            rows["ts"] = rows["matured_ts"] = ts
-            rows["symbol"], rows["holder"] = symbol, holder
-            rows["loss"], rows["reference_loss"] = losses.T
-            parts.append(rows[np.isfinite(losses).all(axis=1)])
+            parts.append(rows_of(ts, ts, symbol, holder, losses))
     judged = np.concatenate(parts)
     return judged[np.argsort(judged["ts"], kind="stable")]
 

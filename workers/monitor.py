@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from models.bundle import Bundle, BundleRejected
 from models.comparison import CAUTION
 from models.drift import Calibration
-from models.running_loss import runs_up
+from models.running_loss import pair_bars, runs_up
 from models.targets import Target
 from schemas.codecs import decode_bars, decode_predictions, encode, encode_outcomes
 from schemas.messages import (
@@ -208,7 +208,7 @@ class Monitor:
             self._interval_ms,
             self._join.symbols,
             self._join.holders,
-            pair_bars=1 if running is None else running.horizon,
+            pair_bars=pair_bars(self._target),
         )
         self._consumer = make_consumer(
             self._settings,
@@ -275,9 +275,11 @@ class Monitor:
         scored = np.isfinite(losses) & np.isfinite(reference_losses)
         if n := int(np.count_nonzero(~scored)):
             self._join.dropped["unscored"] += n
+        outcomes, losses = outcomes[scored], losses[scored]
+        reference_losses = reference_losses[scored]
         if self._join.running is None:
             self._judge.add(self._scorer.matured(outcomes, losses, reference_losses))
-        news = scored & outcomes["live"]
+        news = outcomes["live"]
         if news.any():
             self._publish_outcomes(outcomes[news], losses[news], reference_losses[news])
 

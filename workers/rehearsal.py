@@ -18,7 +18,7 @@ from models.bundle import Bundle
 from models.dataset import OHLCV, History, histories, load_bars
 from models.pipeline import forecast
 from models.remedy import apply, choose, lesson, recent_excess
-from models.running_loss import running_losses, runs_up
+from models.running_loss import pair_bars, running_losses, runs_up
 from models.scoring import Floats, loss
 from models.splits import Span
 from schemas.messages import Challenger, Policy, Role, Slot
@@ -26,7 +26,7 @@ from workers import lifecycle
 from workers.config import Settings
 from workers.joining import Holder
 from workers.retraining import epochs_of
-from workers.verdicts import ROW, Decision, Judge, challenger_slots
+from workers.verdicts import Decision, Judge, challenger_slots, rows_of
 from workers.watch import Alarm
 
 Strategy = Literal["never", "daily", "daily_bias", "alarm", "alarm_at_once"]
@@ -109,8 +109,8 @@ class _Forecasts:
         for i, rows in enumerate(symbol_rows):
             h = self._market.past[i]
             known_ts = h.ts[rows] if self._market.runs_up else h.known_ts[rows]
-            judged.append(_rows_of(h.ts[rows], known_ts, i, holder, self._judged[i][rows]))
-            matured.append(_rows_of(h.ts[rows], known_ts, i, holder, self._matured[i][rows]))
+            judged.append(rows_of(h.ts[rows], known_ts, i, holder, self._judged[i][rows]))
+            matured.append(rows_of(h.ts[rows], known_ts, i, holder, self._matured[i][rows]))
         return np.concatenate(judged), np.concatenate(matured)
 
     def _look_ahead(self) -> None:
@@ -133,16 +133,6 @@ class _Forecasts:
                 spec = self.bundle.config.features
                 matured = running_losses(market.target, spec, h.ts, h.ohlcv, both)
             self._judged.append(matured)
-
-
-def _rows_of(
-    ts: NDArray[np.int64], known_ts: NDArray[np.int64], symbol: int, holder: int, losses: Floats
-) -> NDArray[np.void]:
-    """Of losses f64[n, 2] those that there are."""
-    rows = np.zeros(len(ts), ROW)
-    rows["ts"], rows["matured_ts"], rows["symbol"], rows["holder"] = ts, known_ts, symbol, holder
-    rows["loss"], rows["reference_loss"] = losses.T
-    return rows[np.isfinite(losses).all(axis=1)]
 
 
 def walk(
@@ -172,8 +162,8 @@ class _Walker:
         """In shadow, each from a bar time on."""
         self._retired: set[str] = set()
         symbols = [(0, h.symbol) for h in market.past]
-        pair_bars = market.target.horizon if market.runs_up else 1
-        self._judge = Judge(settings.monitor, market.interval_ms, symbols, self._holders, pair_bars)
+        pairs = pair_bars(market.target)
+        self._judge = Judge(settings.monitor, market.interval_ms, symbols, self._holders, pairs)
         self._take("champion", champion, from_ts, None)
 
     def run(self) -> Walk:

@@ -56,10 +56,9 @@ class Scorer:
             yield pair // n, pair % n, np.flatnonzero(place == i)
 
     def matured(self, outcomes: Outcomes, losses: Floats, reference_losses: Floats) -> Rows:
-        """For the judge, ROW of those of the decisive target that have a loss."""
-        scored = np.isfinite(losses) & np.isfinite(reference_losses)
-        scored &= outcomes["target"] == self._join.targets.index(self._decisive)
-        return self._rows(outcomes[scored], losses[scored], reference_losses[scored])
+        """For the judge, ROW of those of the decisive target; all have a loss."""
+        own = outcomes["target"] == self._join.targets.index(self._decisive)
+        return self._rows(outcomes[own], losses[own], reference_losses[own])
 
     def running(self, outcomes: Outcomes) -> Rows:
         """For the judge, ROW of the bars that close with a running loss, from the second join."""

@@ -58,6 +58,20 @@ ROW = np.dtype(
 Rows = NDArray[np.void]
 
 
+def rows_of(
+    ts: NDArray[np.int64],
+    matured_ts: NDArray[np.int64],
+    symbol: int,
+    holder: int,
+    losses: NDArray[np.float64],
+) -> Rows:
+    """ROW of one symbol and holder in partition 0: of losses f64[n, 2] those that there are."""
+    rows = np.zeros(len(ts), ROW)
+    rows["ts"], rows["matured_ts"], rows["symbol"], rows["holder"] = ts, matured_ts, symbol, holder
+    rows["loss"], rows["reference_loss"] = losses.T
+    return rows[np.isfinite(losses).all(axis=1)]
+
+
 @dataclass(frozen=True)
 class Decision:
     """A comparison has ended: `evidence.verdict` is promote or refuse; an arm is only ever refused."""

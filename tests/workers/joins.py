@@ -1,10 +1,19 @@
-"""The join as one would write it down: dictionaries, and the labels of the offline pipeline."""
+"""The join as one would write it down: dictionaries, and the labels of the offline pipeline.
+
+And how tests feed one: two logs, merged at will.
+"""
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
 
 from models.features import FeatureSpec
 from models.targets import Target, labels
 from schemas.codecs import BarColumns, PredictionColumns
+from tests.workers.builders import rows_of
+from workers.joining import Ints, Join, Outcomes
 
 Key = tuple[str, int, str, str, str, str]
 """symbol, ts, target, bundle, role, arm."""
@@ -32,3 +41,45 @@ def joined_of(
                 (symbol, ts, name, bundle, role, arm), (value, known[symbol, ts, name])
             )
     return joined
+
+
+def columns_of(rows: Sequence[tuple[Any, ...]]) -> PredictionColumns:
+    symbols, ts, targets, values, bundles, roles, arms = (
+        [row[i] for row in rows] for i in range(7)
+    )
+    return PredictionColumns(symbols, ts, targets, values, bundles, roles, arms)
+
+
+def some_of(predictions: PredictionColumns, rows: slice) -> PredictionColumns:
+    return PredictionColumns(*(column[rows] for column in vars(predictions).values()))
+
+
+def take(join: Join, step: BarColumns | PredictionColumns, live: bool = True) -> Outcomes:
+    return take_from(join, step, np.zeros(len(step), np.int64), live)
+
+
+def take_from(
+    join: Join, step: BarColumns | PredictionColumns, partitions: Ints, live: bool = True
+) -> Outcomes:
+    flags = np.full(len(step), live)
+    if isinstance(step, BarColumns):
+        return join.take_bars(step, partitions, flags)
+    return join.take_predictions(step, partitions, flags)
+
+
+@st.composite
+def merged(
+    draw: st.DrawFn, bars: BarColumns, predictions: PredictionColumns, most: int
+) -> list[BarColumns | PredictionColumns]:
+    """Both logs, each in its order, cut into at most `most` rows and merged at will."""
+    steps: list[BarColumns | PredictionColumns] = []
+    b = p = 0
+    while b < len(bars) or p < len(predictions):
+        n = draw(st.integers(1, most))
+        if p == len(predictions) or (b < len(bars) and draw(st.booleans())):
+            steps.append(rows_of(bars, slice(b, b + n)))
+            b += n
+        else:
+            steps.append(some_of(predictions, slice(p, p + n)))
+            p += n
+    return steps

@@ -12,9 +12,9 @@ from models.features import FeatureSpec
 from models.targets import Target, labels
 from schemas.codecs import BarColumns, PredictionColumns
 from tests.workers.builders import MINUTE_MS, make_bars, rows_of
-from tests.workers.joins import Key, joined_of
+from tests.workers.joins import Key, columns_of, joined_of, merged, take, take_from
 from workers import joining
-from workers.joining import Holder, Ints, Join, Outcomes
+from workers.joining import Holder, Join, Outcomes
 
 SPEC = FeatureSpec(interval_ms=MINUTE_MS)
 TARGETS = (Target(kind="volatility", horizon=3), Target(kind="return", horizon=2))
@@ -35,17 +35,6 @@ def make_predictions(
     return columns_of(rows)
 
 
-def columns_of(rows: Sequence[tuple[Any, ...]]) -> PredictionColumns:
-    symbols, ts, targets, values, bundles, roles, arms = (
-        [row[i] for row in rows] for i in range(7)
-    )
-    return PredictionColumns(symbols, ts, targets, values, bundles, roles, arms)
-
-
-def some_of(predictions: PredictionColumns, rows: slice) -> PredictionColumns:
-    return PredictionColumns(*(column[rows] for column in vars(predictions).values()))
-
-
 def keys(join: Join, outcomes: Outcomes) -> list[Key]:
     """What the outcomes are of, as the reference join names it."""
     return [
@@ -59,38 +48,12 @@ def keys(join: Join, outcomes: Outcomes) -> list[Key]:
     ]
 
 
-def take(join: Join, step: BarColumns | PredictionColumns, live: bool = True) -> Outcomes:
-    return take_from(join, step, np.zeros(len(step), np.int64), live)
-
-
-def take_from(
-    join: Join, step: BarColumns | PredictionColumns, partitions: Ints, live: bool = True
-) -> Outcomes:
-    flags = np.full(len(step), live)
-    if isinstance(step, BarColumns):
-        return join.take_bars(step, partitions, flags)
-    return join.take_predictions(step, partitions, flags)
-
-
 ROLES = (Holder("v1", "champion"), Holder("v2", "challenger"), Holder("v2", "champion", "b"))
 
 
-@st.composite
-def interleavings(draw: st.DrawFn) -> list[BarColumns | PredictionColumns]:
-    """Both logs, each in its order, cut and merged at will."""
+def interleavings() -> st.SearchStrategy[list[BarColumns | PredictionColumns]]:
     bars = make_bars(SYMBOLS, N_BARS)
-    predictions = make_predictions(bars, ROLES)
-    steps: list[BarColumns | PredictionColumns] = []
-    b = p = 0
-    while b < len(bars) or p < len(predictions):
-        n = draw(st.integers(1, 40))
-        if p == len(predictions) or (b < len(bars) and draw(st.booleans())):
-            steps.append(rows_of(bars, slice(b, b + n)))
-            b += n
-        else:
-            steps.append(some_of(predictions, slice(p, p + n)))
-            p += n
-    return steps
+    return merged(bars, make_predictions(bars, ROLES), most=40)
 
 
 @settings(deadline=None, max_examples=40)

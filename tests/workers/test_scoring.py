@@ -10,8 +10,8 @@ from models.bundle import Bundle
 from models.running_loss import running_losses
 from models.targets import Target
 from schemas.codecs import BarColumns, PredictionColumns
-from tests.workers.builders import MINUTE_MS, make_bars, make_bundle, rows_of
-from tests.workers.test_joining import columns_of, some_of, take
+from tests.workers.builders import MINUTE_MS, make_bars, make_bundle
+from tests.workers.joins import columns_of, merged, some_of, take
 from workers.joining import Holder, Join
 from workers.scoring import FORGOTTEN_AFTER_MS, Scorer
 from workers.verdicts import Rows
@@ -75,29 +75,13 @@ def offline() -> Found:
     return found
 
 
-@st.composite
-def interleavings(draw: st.DrawFn) -> list[BarColumns | PredictionColumns]:
-    """Both logs, each in its order, cut and merged at will."""
-    steps: list[BarColumns | PredictionColumns] = []
-    b = p = 0
-    while b < len(BARS) or p < len(PREDICTIONS):
-        n = draw(st.integers(1, 60))
-        if p == len(PREDICTIONS) or (b < len(BARS) and draw(st.booleans())):
-            steps.append(rows_of(BARS, slice(b, b + n)))
-            b += n
-        else:
-            steps.append(some_of(PREDICTIONS, slice(p, p + n)))
-            p += n
-    return steps
-
-
 def running(join: Join, scorer: Scorer, step: BarColumns | PredictionColumns) -> Found:
     outcomes = take(join, step)
     return found_in(join, scorer.running(outcomes[outcomes["target"] == 2]))
 
 
 @settings(deadline=None, max_examples=40)
-@given(interleavings(), st.data())
+@given(merged(BARS, PREDICTIONS, most=60), st.data())
 def test_any_interleaving_and_a_restart_anywhere_give_what_the_offline_pipeline_gives(
     steps: list[BarColumns | PredictionColumns], data: st.DataObject
 ) -> None:

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from models.baselines import HALF_LIVES_BARS, fit_reference
 from models.dataset import histories, load_bars
 from models.drift import Calibration, alarms_in, calibrate
+from models.evidence import score, watched
 from models.features import FeatureSpec
-from models.pipeline import Recipe, fit_bundle, forecast, score
+from models.pipeline import Recipe, fit_bundle, forecast
 from models.running_loss import RunningLosses
 from models.simulation import Break, Scenario, Simulator
 from models.splits import Span
@@ -280,8 +281,9 @@ def _trained(seed: int, horizon: int) -> list[Watched]:
     past = histories(load_bars(_simulated(LIFE_BARS, LIVES, 2_000 + seed)), SPEC, (target,))
     span = Span(int(past[0].ts[0]), int(past[0].ts[-1]) + 1)
     lives = []
-    for scored in score(bundle, past, forecast(bundle, past, span)):
-        own = scored.watched[np.isfinite(scored.watched[:, 0])]
+    values = forecast(bundle, past, span)
+    for each in watched(bundle, past, values, score(bundle, past, values)):
+        own = each[np.isfinite(each[:, 0])]
         calibration = calibrate(
             own[:CALIBRATED_BARS], horizon, ARL0_BARS, seed=0, pair_bars=horizon
         )
