@@ -46,6 +46,8 @@ def load_bars(source: str | Path | pd.DataFrame) -> pd.DataFrame:
         )
     if frame.empty:
         raise BarsRejected("no bars")
+    if nameless := int(frame["symbol"].isna().sum()):
+        raise BarsRejected(f"{nameless} of {len(frame)} bars have no symbol")
     bars = pd.DataFrame({"symbol": frame["symbol"].astype(str), "ts": epoch_ms(frame["ts"])})
     for name in OHLCV:
         try:
@@ -66,13 +68,20 @@ def load_bars(source: str | Path | pd.DataFrame) -> pd.DataFrame:
 
 def epoch_ms(ts: "pd.Series[int]") -> NDArray[np.int64]:
     """Times or epoch ms as epoch ms UTC. Raises BarsRejected."""
+    if absent := int(ts.isna().sum()):
+        raise BarsRejected(f"{absent} of {len(ts)} bars have no ts")
     if pd.api.types.is_datetime64_any_dtype(ts):
         utc = pd.to_datetime(ts, utc=True).astype("datetime64[ms, UTC]")
         return np.asarray(utc.astype("int64"), dtype=np.int64)
-    if not pd.api.types.is_integer_dtype(ts) or ts.isna().any():
-        raise BarsRejected(f"ts must be whole epoch milliseconds or datetimes, not {ts.dtype}")
+    if not pd.api.types.is_integer_dtype(ts):
+        raise BarsRejected(
+            f"ts must be whole epoch milliseconds or datetimes, not {ts.dtype}: pandas.to_datetime "
+            "makes datetimes of text"
+        )
     values = np.asarray(ts, dtype=np.int64)
-    if values.min() < EARLIEST_TS or values.max() > LATEST_TS:
+    if values.min() < EARLIEST_TS:
+        raise BarsRejected(f"ts {values.min()} is before 1970: epoch milliseconds are not negative")
+    if values.max() > LATEST_TS:
         raise BarsRejected(f"ts {values.max()} is not epoch milliseconds: micro- or nanoseconds?")
     if 10**8 < values.max() < 10**10:
         raise BarsRejected(f"ts {values.max()} is not epoch milliseconds: seconds?")
@@ -188,6 +197,8 @@ _FOLDER: Final = pa.field("folder", pa.string())
 def _named_for_folders(bars: parquet.Dataset) -> Iterator[pa.RecordBatch]:
     """Batches with the symbol as a name that is safe in any file system."""
     for batch in bars.to_batches(columns=list(COLUMNS), batch_size=1 << 16):
+        if batch["symbol"].null_count:
+            raise BarsRejected("there are bars without a symbol")
         names = [f"s{str(symbol).encode().hex()}" for symbol in batch["symbol"].to_pylist()]
         yield batch.drop_columns("symbol").append_column(_FOLDER, pa.array(names, pa.string()))
 

@@ -95,7 +95,9 @@ def test_a_few_impossible_bars_are_dropped_and_counted() -> None:
         (lambda f: f.assign(ts=f["ts"] // 1000), "seconds"),
         (lambda f: f.assign(ts=f["ts"] / 7), "whole epoch milliseconds"),
         (lambda f: f.assign(ts=f["ts"].astype(str)), "whole epoch milliseconds"),
-        (lambda f: f.assign(ts=-f["ts"]), "epoch milliseconds"),
+        (lambda f: f.assign(ts=-f["ts"]), "before 1970"),
+        (lambda f: f.assign(ts=pd.to_datetime(f["ts"], unit="ms").where(f.index > 1)), "2 of 150"),
+        (lambda f: f.assign(symbol=f["symbol"].where(f["symbol"] != "S1", None)), "no symbol"),
     ],
 )
 def test_what_is_not_bars_is_refused_with_a_reason(damage: Any, message: str) -> None:
