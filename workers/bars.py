@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pyarrow import ArrowInvalid
 
 from models.dataset import load_bars
 from models.simulation import Scenario, Simulator
@@ -75,8 +76,14 @@ def repair(bars: pd.DataFrame) -> pd.DataFrame:
 
 
 def from_parquet(path: Path) -> pd.DataFrame:
-    """Bars of a parquet file with the columns above, checked, in event-time order."""
-    return by_time(load_bars(path))
+    """Bars of a parquet file with the columns above, checked, in event-time order.
+
+    Raises BarsUnavailable for a file of another kind, BarsRejected.
+    """
+    try:
+        return by_time(load_bars(path))
+    except ArrowInvalid as error:
+        raise BarsUnavailable(f"{path} is no parquet file: {error}") from error
 
 
 def simulated(scenario: Scenario, ts: pd.Series, seed: int) -> pd.DataFrame:

@@ -161,3 +161,10 @@ def test_a_parquet_file_is_read_in_event_time_order(tmp_path: Path) -> None:
     read = bars.from_parquet(tmp_path / "bars.parquet")
     assert read["ts"].is_monotonic_increasing
     assert list(read["symbol"]) == ["A", "B"] * 3
+
+
+def test_a_file_of_another_kind_is_refused_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "bars.csv"
+    make_bars().to_csv(path)
+    with pytest.raises(BarsUnavailable, match="no parquet file"):
+        bars.read(str(path))
