@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from models import baselines
 from models.bundle import Bundle, LabelScaling, Provenance
-from models.dataset import History
+from models.dataset import BarsRejected, History
 from models.drift import DETECTORS, Calibration, calibrate
 from models.features import WARM_UP_BARS, FeatureSpec
 from models.forecasters import expected_variance
@@ -177,9 +177,9 @@ def bar_times(past: Sequence[History]) -> NDArray[np.int64]:
     return np.concatenate([h.ts for h in past])
 
 
-def too_short(past: Sequence[History]) -> str:
+def too_short(past: Sequence[History]) -> BarsRejected:
     longest = max(len(h.ts) for h in past)
-    return (
+    return BarsRejected(
         f"too few bars: the longest of {len(past)} symbol(s) has {longest}; features need "
         f"{WARM_UP_BARS} before the first example, then come burn-in and horizon"
     )

@@ -330,7 +330,7 @@ def fine_tune(
     recent = time_split(times, (1 - recipe.validation, recipe.validation, 0.0)).validation
     chunks = _chunks(past, everything, parent.scaler, recipe, config.sequence)
     if not chunks.counted:
-        raise ValueError(too_short(past))
+        raise too_short(past)
     frequencies = label_statistics(chunks, config.targets).frequencies
     objective = Objective(config.targets, config.label_scaling, frequencies, recipe.loss)
     network = load_network(parent).requires_grad_(True)
@@ -406,7 +406,7 @@ def shift_level(parent: Bundle, bars: pd.DataFrame, target: Target, shift: float
         raise ValueError("a direction has no level to shift")
     past = histories(load_bars(bars), config.features, config.targets)
     if not any(h.is_warm.any() for h in past):
-        raise ValueError(too_short(past))
+        raise too_short(past)
     bias = tuple(
         b + shift if t == target else b
         for b, t in zip(config.variance_bias, config.targets, strict=True)
@@ -467,7 +467,7 @@ def _start(
 ) -> _Start:
     rows = training_rows(past, span)
     if not len(rows):
-        raise ValueError(too_short(past))
+        raise too_short(past)
     scaler = Scaler.fit(rows, recipe.scaler)
     seed, alters = recipe.training.seed, recipe.augmentation
     copies = [
@@ -493,7 +493,7 @@ def _trained(
     network, recipe = start.network, how.recipe
     validation = _chunks(past, chosen_by, start.scaler, recipe, network.config, shuffle=False)
     if not validation.counted:
-        raise ValueError(too_short(past))
+        raise too_short(past)
     network.to(_device(how.device))
     progress = train(
         network,

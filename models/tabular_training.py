@@ -83,7 +83,7 @@ def fit_tabular(
     fold = time_split(bar_times(past), (1 - recipe.validation, recipe.validation, 0.0))
     rows = training_rows(past, fold.train)
     if not len(rows):
-        raise ValueError(too_short(past))
+        raise too_short(past)
     scaler = Scaler.fit(rows, recipe.scaler)
     x, y = _examples(past, fold.train, scaler, recipe.window, recipe.max_rows)
     scaling = tuple(label_scaling(y[:, k], target) for k, target in enumerate(targets))
@@ -191,7 +191,7 @@ def _examples(
     every = max(1, -(-sum(map(len, rows)) // max_rows))
     chosen = [(h, own[::every]) for h, own in zip(past, rows, strict=True) if len(own)]
     if not chosen:
-        raise ValueError(too_short(past))
+        raise too_short(past)
     x = np.concatenate([_windows(h, own, scaler, T) for h, own in chosen])
     return x, np.concatenate([h.y[own] for h, own in chosen])
 

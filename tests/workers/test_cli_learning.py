@@ -10,6 +10,7 @@ from typer.testing import Result
 
 from models.blending import EnsembleConfig
 from models.bundle import Bundle, load, save
+from models.dataset import BarsRejected
 from models.pipeline import read_recipe
 from tests.workers.builders import make_bundle
 from tests.workers.test_cli import few_bars, invoke
@@ -78,6 +79,12 @@ def test_a_recipe_with_a_wrong_field_is_refused(tmp_path: Path) -> None:
     )
     assert isinstance(result.exception, ValueError)
     assert "burning" in str(result.exception)
+
+
+def test_too_few_bars_are_refused_in_one_line(tmp_path: Path) -> None:
+    result = train(tmp_path, n=200)
+    assert isinstance(result.exception, BarsRejected)
+    assert "too few bars" in str(result.exception)
 
 
 def test_features_on_disk_make_the_very_same_bundle(tmp_path: Path) -> None:
