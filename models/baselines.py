@@ -14,7 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.features import DUPLICATE, LATE, OK, RESET, VARIANCE_FLOOR, FeatureSpec, steps_between
+from models.features import DUPLICATE, LATE, OK, RESET, VARIANCE_FLOOR, FeatureSpec, market_steps
 from models.scoring import Floats, loss
 from models.slots import Slots
 from models.targets import Target
@@ -73,6 +73,7 @@ class Variances(Slots):
 
     def __init__(self, spec: FeatureSpec, depth: int, capacity: int = 0) -> None:
         self._clock = np.array([spec.interval_ms, spec.max_fill, spec.reset_after_ms])
+        self._closes = spec.closes
         h = len(HALF_LIVES_BARS)
         layout = np.dtype(
             [
@@ -91,7 +92,8 @@ class Variances(Slots):
     def update(self, slots: Ints, ts: Ints, close: Floats) -> NDArray[np.int8]:
         """Apply bars in the order given (a slot may occur more than once); i8[n] status."""
         status = np.empty(len(slots), np.int8)
-        _update(self._state, slots, ts, np.ascontiguousarray(close), self._clock, _DECAYS, status)
+        clock, closes = self._clock, self._closes
+        _update(self._state, slots, ts, np.ascontiguousarray(close), clock, closes, _DECAYS, status)
         return status
 
     def at(self, slots: Ints, ts: Ints) -> Floats:
@@ -110,7 +112,7 @@ def history(spec: FeatureSpec, ts: Ints, close: Floats) -> Floats:
 
 
 @njit(cache=True)
-def _update(state, slots, ts, close, clock, decays, status):  # type: ignore[no-untyped-def]
+def _update(state, slots, ts, close, clock, closes, decays, status):  # type: ignore[no-untyped-def]
     for i in range(slots.size):
         s = state[slots[i]]
         elapsed = ts[i] - s.last_ts
@@ -126,7 +128,7 @@ def _update(state, slots, ts, close, clock, decays, status):  # type: ignore[no-
             continue
         else:
             status[i] = OK
-            passed = steps_between(s.last_ts, ts[i], clock[0], clock[1])
+            passed = market_steps(s.last_ts, ts[i], clock[0], clock[1], closes)
             if passed > 0:
                 s.steps += passed
                 squared = log(close[i] / s.close) ** 2

@@ -82,7 +82,8 @@ class FeatureSpec(BaseModel):
     from a close to the next open is taken for a split: a session break whose return is unknown.
     `timezone` is the exchange's.
 
-    `calendar` names an exchange of the package exchange_calendars: then every session close is a
+    `calendar` names an exchange of the package exchange_calendars, or a week of
+    `models.sessions.WEEKS`: then every session close is a
     break, however short, and daily bars are counted in sessions. `rolling_half_life` (bars) gives
     features in deviations from the symbol's own past (`models.scaling.RollingScaler`).
     """

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from models import baselines
 from models.dataset import History
-from models.features import DAY_MS, FEATURE_NAMES, WINDOWS, FeatureSpec, steps_between
+from models.features import DAY_MS, FEATURE_NAMES, WINDOWS, FeatureSpec, market_steps
 from models.panel import Floats, Ints, Panel, Part, rows_by_symbol
 from models.scaling import Scaler
 from models.scoring import loss
@@ -442,7 +442,7 @@ def _by_symbol(panel: Panel, rows: Ints, values: Callable[[History], Floats]) ->
 
 def _returns(history: History, spec: FeatureSpec) -> tuple[Floats, Ints]:
     """Log return on the bar before, NaN over breaks and resets; and steps since it (0 over those)."""
-    steps: Ints = _steps(history.ts, spec.interval_ms, spec.max_fill)
+    steps: Ints = _steps(history.ts, spec.interval_ms, spec.max_fill, spec.closes)
     steps[history.since_reset == 1] = 0
     r = np.diff(np.log(history.ohlcv[:, 3]), prepend=np.nan)
     return np.where(steps > 0, r, np.nan), steps
@@ -462,10 +462,10 @@ def _sigmoid(z: Floats) -> Floats:
 
 
 @njit(cache=True)
-def _steps(ts, interval_ms, max_fill):  # type: ignore[no-untyped-def]
+def _steps(ts, interval_ms, max_fill, closes):  # type: ignore[no-untyped-def]
     steps = np.zeros(ts.size, np.int64)
     for i in range(1, ts.size):
-        steps[i] = steps_between(ts[i - 1], ts[i], interval_ms, max_fill)
+        steps[i] = market_steps(ts[i - 1], ts[i], interval_ms, max_fill, closes)
     return steps
 
 

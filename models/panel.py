@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Final, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from models.dataset import BarsRejected, History, infer_interval_ms, symbol_history
 from models.features import DAY_MS, WARM_UP_BARS, WEEK_MS, F, FeatureSpec, utc_offsets
+from models.sessions import WEEKS, weekday
 from models.splits import Fold, walk_forward
 from models.targets import Target
 
@@ -35,6 +36,9 @@ ZONES: Final = (
     "Asia/Hong_Kong",
     "Australia/Sydney",
 )
+_RARE: Final = 0.02
+"""Share of days up to which an hour or weekday that has bars is a closed one all the same."""
+_MIN_DAYS: Final = 20
 _OPENING_BUCKET_MS: Final = 900_000
 _DAY_BUCKET_MS: Final = 300_000
 
@@ -157,13 +161,19 @@ def infer_spec(bars: pd.DataFrame, timezone: str = "auto") -> FeatureSpec:
     """Bar length and time zone of a market that is only known from its bars.
 
     `auto` takes the zone in which trading days start most regularly: daylight saving time gives
-    it away. Markets without a daily break, and daily bars, are in UTC.
+    it away. Markets without a daily break, and daily bars, are in UTC. When the market is closed,
+    no bar is absent: see `_breaks`.
     """
     interval_ms = infer_interval_ms(bars)
+    times = np.unique(bars["ts"].to_numpy(np.int64))
     if timezone == "auto":
-        timezone = _zone(np.unique(bars["ts"].to_numpy(np.int64)), interval_ms)
-    reset_after_ms = max(10 * DAY_MS, 5 * interval_ms)
-    return FeatureSpec(interval_ms=interval_ms, timezone=timezone, reset_after_ms=reset_after_ms)
+        timezone = _zone(times, interval_ms)
+    return FeatureSpec(
+        interval_ms=interval_ms,
+        timezone=timezone,
+        reset_after_ms=max(10 * DAY_MS, 5 * interval_ms),
+        **_breaks(times, interval_ms, timezone),
+    )
 
 
 def day(ts: int) -> str:
@@ -216,6 +226,30 @@ def _zone(times: Ints, interval_ms: int) -> str:
         return round(float(-(share * np.log(share)).sum()), 3)
 
     return min(ZONES, key=irregularity)
+
+
+def _breaks(times: Ints, interval_ms: int, timezone: str) -> dict[str, Any]:
+    """What a spec must say so that no closed hour is filled with bars that did not move.
+
+    Daily bars without a week's end are counted in weekdays, and a holiday is a break. Within the
+    day, hours without a bar of any symbol are one: fewer absent bars than that are filled.
+    """
+    if interval_ms == DAY_MS:
+        on = np.bincount(weekday(times // DAY_MS), minlength=7)
+        for calendar, week in WEEKS.items():
+            if on.sum() - on[list(week)].sum() <= _RARE * len(times):
+                return {"calendar": calendar, "max_fill": 0}
+        return {}
+    local = _local(times, timezone)
+    days = len(np.unique(local // DAY_MS))
+    share = np.bincount(local % DAY_MS // interval_ms) / days
+    open_ = np.flatnonzero(share > _RARE)
+    if interval_ms > DAY_MS or days < _MIN_DAYS or np.median(share[open_]) < 0.5:
+        return {}
+    around = np.append(open_, open_[0] + -(-DAY_MS // interval_ms))
+    closed = np.diff(around) - 1
+    usual = int(FeatureSpec.model_fields["max_fill"].default)
+    return {"max_fill": min(usual, int(closed[closed > 0].min(initial=usual + 1)) - 1)}
 
 
 def rows_by_symbol(panel: Panel, rows: Ints) -> Sequence[tuple[int, Ints]]:

@@ -107,7 +107,10 @@ class Recipe(BaseModel):
 
     def spec_for(self, bars: pd.DataFrame) -> FeatureSpec:
         """Raises ValidationError, CalendarUnavailable."""
-        return FeatureSpec.model_validate({**infer_spec(bars).model_dump(), **self.features})
+        found = infer_spec(bars).model_dump()
+        if self.features.get("calendar"):
+            del found["max_fill"]  # the calendar knows what is closed: the rest is absent
+        return FeatureSpec.model_validate({**found, **self.features})
 
     def fold(self, ts: NDArray[np.int64], spec: FeatureSpec) -> Fold:
         half = self.validation / 2

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 EARLIEST: Final = "1990-01-01"
 NONE: Final = np.empty(0, dtype=np.int64)
+WEEKS: Final = {"weekdays": (1, 2, 3, 4, 5), "sunday_to_thursday": (0, 1, 2, 3, 4)}
+"""Calendars of UTC days alone, Sunday 0, for daily bars of a market whose holidays are not known.
+Bars with the stamp of a local midnight east of Greenwich, or of a New York evening, are the second."""
+_DAY_MS: Final = 86_400_000
+_LAST_DAY: Final = 47_500  # in the year 2100
 
 
 class CalendarUnavailable(ValueError):
@@ -32,6 +37,9 @@ def session_closes(name: str | None, with_breaks: bool) -> NDArray[np.int64]:
     """
     if name is None:
         return NONE
+    if name in WEEKS:
+        days = np.arange(_LAST_DAY)
+        return np.asarray((days[np.isin(weekday(days), WEEKS[name])] + 1) * _DAY_MS - 1)
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", DeprecationWarning
@@ -42,6 +50,11 @@ def session_closes(name: str | None, with_breaks: bool) -> NDArray[np.int64]:
     if with_breaks:
         found = np.concatenate([found, _epoch_ms(calendar.break_starts.dropna())])
     return np.sort(found)
+
+
+def weekday(days: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of days since 1970, a Thursday; Sunday is 0."""
+    return (days + 4) % 7
 
 
 def _calendar(name: str) -> "ExchangeCalendar":

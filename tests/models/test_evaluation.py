@@ -13,7 +13,7 @@ from models.ablation import ablate, variants
 from models.dataset import load_bars
 from models.evaluation import ATTENTION, BLEND, MEAN, PLAIN, Protocol, Watch, evaluate
 from models.features import DAY_MS
-from models.forecasters import Trees
+from models.forecasters import Trees, _returns
 from models.panel import Panel, TooShort, build, infer_spec, walk
 from models.recurrent import Options, Recurrent, raw_outputs
 from models.scaling import Scaler
@@ -235,6 +235,53 @@ def test_the_zone_of_an_exchange_shows_in_its_openings() -> None:
 def test_a_market_that_never_closes_is_in_utc() -> None:
     bars = load_bars(make_frame(1, 2000, interval_ms=60 * MINUTE_MS, session_bars=24))
     assert infer_spec(bars).timezone == "UTC"
+
+
+def on(days: pd.DatetimeIndex, *hours: float) -> pd.DataFrame:
+    """Bars of one symbol at these hours of these days, UTC."""
+    opened = np.add.outer(days.to_numpy("datetime64[ms]").astype(np.int64), np.array(hours) * 3.6e6)
+    _, ohlcv = make_bars(opened.size)
+    frame = pd.DataFrame(ohlcv, columns=["open", "high", "low", "close", "volume"])
+    return load_bars(frame.assign(symbol="X", ts=opened.astype(np.int64).ravel()))
+
+
+WEEKDAYS = pd.bdate_range("2020-01-01", "2020-12-31", holidays=["2020-05-27"], freq="C")
+
+
+@pytest.mark.parametrize(
+    "bars",
+    [
+        on(WEEKDAYS, 0),
+        on(WEEKDAYS, 5),
+        on(WEEKDAYS, -9),
+        on(WEEKDAYS, 9.5, 13.5),
+        on(WEEKDAYS, *range(9, 12), *range(13, 17)),
+    ],
+    ids=["days", "days of New York", "days of Tokyo", "a night of five steps", "an hour of lunch"],
+)
+def test_no_closed_hour_counts_as_bars_that_did_not_move(bars: pd.DataFrame) -> None:
+    panel = build(bars, infer_spec(bars), Target(kind="direction", horizon=1))
+    (one,) = panel.histories
+    rose = np.diff(one.ohlcv[:, 3]) > 0
+    steps = _returns(one, panel.spec)[1][1:] == 1
+    assert steps.mean() > 0.4
+    np.testing.assert_array_equal(one.y[:-1, 0][steps], rose[steps])
+    flat = build(bars, infer_spec(bars), Target(kind="volatility", horizon=1))
+    assert np.isnan(flat.y).sum() == np.isnan(panel.y).sum(), "each step has a bar"
+
+
+def test_a_weekend_is_one_step_between_daily_bars() -> None:
+    days = WEEKDAYS[:80]
+    bars = on(days, 0)
+    history = build(bars, infer_spec(bars), Target(kind="return", horizon=5)).histories[0]
+    log_close = np.log(history.ohlcv[:, 3])
+    np.testing.assert_allclose(history.y[:-5, 0], log_close[5:] - log_close[:-5])
+
+
+def test_around_the_clock_absent_bars_are_filled() -> None:
+    bars = on(pd.date_range("2020-01-01", "2020-12-31"), *range(0, 24, 4))
+    bars = bars[np.arange(len(bars)) % 11 > 0]
+    assert infer_spec(bars).max_fill == 12
 
 
 def test_ablations_compare_with_the_network_as_it_is() -> None:
