@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from models.blending import weigh
 from models.bundle import library_versions
 from models.features import DAY_MS, FEATURE_NAMES, WARM_UP_BARS
-from models.forecasters import Forecaster, rivals
+from models.forecasters import Forecaster, OppositeOfLastBar, rivals
 from models.levels import led, levels
 from models.panel import Floats, Ints, Panel, Part, day, walk
 from models.recurrent import FAST as FAST_OPTIONS
@@ -347,6 +347,9 @@ def _rows(panel: Panel, test: Ints, outcomes: Mapping[str, Outcome]) -> list[dic
             row[measure] = float(np.mean(found))
             if len(found) > 1:
                 row[f"{measure}_sd"] = float(np.std(found, ddof=1))
+        if name == OppositeOfLastBar.name:
+            right = OppositeOfLastBar.right(panel, test, outcome.values[0])
+            row["accuracy"] = float(right.mean())
         if kind == "volatility":
             for rival in ("har", "har_tod"):
                 gain = 1 - row["mse_log"] / float(np.mean(scored[rival]["mse_log"]))

@@ -388,7 +388,11 @@ class Majority(Finished):
 
 
 class OppositeOfLastBar(Finished):
-    """A fall after a rise and a rise after a fall, as likely as that was on the training part."""
+    """A fall after a rise and a rise after a fall, as likely as that was on the training part.
+
+    Where falls are likelier after either, its probabilities say what the majority says: whether
+    the rule itself is right is told by `right`.
+    """
 
     name = "opposite_of_last_bar"
 
@@ -404,9 +408,17 @@ class OppositeOfLastBar(Finished):
         last = self._last(panel, rows)
         return np.select([last == s for s in self._rates], list(self._rates.values()))
 
+    @classmethod
+    def right(cls, panel: Panel, rows: Ints, values: Floats) -> NDArray[np.bool_]:
+        """[n] whether the opposite of the last bar came; `values` decide where that did not move."""
+        last = cls._last(panel, rows)
+        says = np.where(last == 0, values > 0.5, last < 0)
+        return np.asarray(says == (panel.y[rows] > 0.5))
+
     @staticmethod
     def _last(panel: Panel, rows: Ints) -> Floats:
-        return np.sign(_by_symbol(panel, rows, lambda h: _returns(h, panel.spec)[0]))
+        """Of its return; 0 too for a bar that opens a session."""
+        return np.sign(np.nan_to_num(_by_symbol(panel, rows, lambda h: _returns(h, panel.spec)[0])))
 
 
 class Zero(Finished):

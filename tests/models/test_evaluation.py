@@ -237,6 +237,19 @@ def test_a_market_that_never_closes_is_in_utc() -> None:
     assert infer_spec(bars).timezone == "UTC"
 
 
+def test_the_rule_of_the_opposite_is_told_apart_from_the_majority() -> None:
+    frame = make_frame(1, 1800)
+    drift = np.exp(1e-3 * np.arange(len(frame)))  # rises are likelier after either
+    frame[["open", "high", "low", "close"]] *= drift[:, None]
+    panel = make_panel(frame, "direction", horizon=1)
+    rows = rows_of(evaluate(panel, PROTOCOL.model_copy(update={"refits": 1, "seeds": 1})))
+    test = walk(panel, PROTOCOL.out_of_sample, 1, PROTOCOL.validation)[0].test
+    rose = np.diff(panel.histories[0].ohlcv[:, 3]) > 0
+    opposite = (~rose[test - 1] == rose[test]).mean()
+    assert rows["opposite_of_last_bar"]["accuracy"] == pytest.approx(opposite, abs=0.01)
+    assert rows["majority"]["accuracy"] > opposite + 0.03
+
+
 def on(days: pd.DatetimeIndex, *hours: float) -> pd.DataFrame:
     """Bars of one symbol at these hours of these days, UTC."""
     opened = np.add.outer(days.to_numpy("datetime64[ms]").astype(np.int64), np.array(hours) * 3.6e6)

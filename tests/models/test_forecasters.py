@@ -5,11 +5,13 @@ import pytest
 from numpy.typing import NDArray
 
 from models.dataset import load_bars
+from models.features import DAY_MS
 from models.forecasters import (
     Ewma,
     Forecaster,
     Garch,
     LastValue,
+    OppositeOfLastBar,
     Regression,
     Trees,
     expected_variance,
@@ -190,3 +192,12 @@ def test_the_level_makes_the_ratio_of_realised_to_forecast_one_on_average() -> N
     y = forecast + rng.normal(0.3, 1.2, 1000)
     shifted = forecast + expected_variance(forecast, y)
     assert np.exp(y - shifted).mean() == pytest.approx(1.0)
+
+
+def test_a_bar_that_opens_a_session_has_no_opposite() -> None:
+    bars = load_bars(make_frame(2, 1500))
+    bars = bars[bars["ts"] % DAY_MS < 21 * 3_600_000]  # three hours without a bar are a break
+    panel = build(bars, infer_spec(bars), Target(kind="direction", horizon=6))
+    model, part = OppositeOfLastBar(), first_part(panel)
+    model.fit(panel, part)
+    assert model.predict(panel, part.test).min() > 0.1
