@@ -1,10 +1,12 @@
 """From a table of bars to training examples. Shapes: n bars, F features, K targets, B streams, L steps."""
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -164,31 +166,45 @@ def histories_on_disk(
 ) -> Iterator[History]:
     """Histories of parquet files (one, or a folder of them) larger than memory, one after another.
 
-    The bars are parted by symbol in one pass and features are memory-mapped from `folder`: resident
-    are one symbol's bars and the pages in use. The files must outlive the histories.
+    The bars are parted by symbol in one pass, and what a history holds is memory-mapped from
+    `folder`: resident are one symbol's bars, what is reckoned of a history later (some bytes a bar)
+    and the pages in use. The files must outlive the histories.
     """
     bars = parquet.dataset(path, format="parquet")
     missing = [name for name in COLUMNS if name not in bars.schema.names]
     if missing:
         raise BarsRejected(f"no column {', '.join(missing)}")
-    parquet.write_dataset(
-        _named_for_folders(bars),
-        folder / "bars",
-        schema=pa.schema([bars.schema.field(name) for name in COLUMNS[1:]] + [_FOLDER]),
-        format="parquet",
-        partitioning=[_FOLDER.name],
-        max_partitions=1 << 16,
-        existing_data_behavior="delete_matching",
-    )
+    shutil.rmtree(folder / "bars", ignore_errors=True)
+    (folder / "bars").mkdir(parents=True)
+    batches, written = _named_for_folders(bars), 0
+    while some := list(islice(batches, 16)):  # left to itself, a writer queues millions of rows
+        parquet.write_dataset(
+            some,
+            folder / "bars",
+            basename_template=f"{written:06d}-{{i}}.arrow",
+            schema=pa.schema([bars.schema.field(name) for name in COLUMNS[1:]] + [_FOLDER]),
+            format="feather",  # a parquet writer holds megabytes for each symbol
+            partitioning=[_FOLDER.name],
+            max_partitions=1 << 16,
+            existing_data_behavior="overwrite_or_ignore",
+        )
+        written += 1
     for i, part in enumerate(sorted((folder / "bars").iterdir())):
         symbol = bytes.fromhex(part.name[1:]).decode()
-        rows = load_bars(pd.read_parquet(part).assign(symbol=symbol))
+        bars = parquet.dataset(part, format="feather")
+        rows = load_bars(bars.to_table().to_pandas().assign(symbol=symbol))
         made = symbol_history(symbol, rows, spec, targets)
-        file = folder / f"features-{i}.npy"
-        np.save(file, made.x)
-        yield replace(made, x=np.load(file, mmap_mode="r"))
+        mapped: dict[str, Any] = {"x": _mapped(folder / f"features-{i}.npy", made.x)}
+        for name in ("ts", "ohlcv", "status", "y", "known_ts"):
+            mapped[name] = _mapped(folder / f"{name}-{i}.npy", getattr(made, name))
+        yield replace(made, **mapped)
         if progress:
             progress(len(rows))
+
+
+def _mapped(file: Path, values: NDArray[Any]) -> NDArray[Any]:
+    np.save(file, values)
+    return np.asarray(np.load(file, mmap_mode="r"))
 
 
 _FOLDER: Final = pa.field("folder", pa.string())
@@ -196,7 +212,13 @@ _FOLDER: Final = pa.field("folder", pa.string())
 
 def _named_for_folders(bars: parquet.Dataset) -> Iterator[pa.RecordBatch]:
     """Batches with the symbol as a name that is safe in any file system."""
-    for batch in bars.to_batches(columns=list(COLUMNS), batch_size=1 << 16):
+    lazily = parquet.ParquetFragmentScanOptions(pre_buffer=False)  # or it keeps what it has read
+    for batch in bars.to_batches(
+        columns=list(COLUMNS),
+        batch_size=1 << 16,
+        batch_readahead=2,
+        fragment_scan_options=lazily,
+    ):
         if batch["symbol"].null_count:
             raise BarsRejected("there are bars without a symbol")
         names = [f"s{str(symbol).encode().hex()}" for symbol in batch["symbol"].to_pylist()]
