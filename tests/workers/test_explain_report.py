@@ -66,6 +66,18 @@ def found() -> Explanation:
     return explain([planted(), planted(seed=1)], bars())
 
 
+def test_only_the_newest_bars_of_each_symbol_are_explained(
+    found: Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.explain.MAX_BARS", 100)
+    monkeypatch.setattr("models.explain.PERMUTATIONS", 1)
+    two = pd.concat([bars(), bars().assign(symbol="B")])
+    fewer = explain([planted()], two)
+    for symbol in ("A", "B"):
+        assert np.array_equal(fewer.ts[fewer.symbol == symbol], found.ts[-50:])
+    np.testing.assert_allclose(fewer.weights[:50], found.weights[-50:], atol=1e-3)
+
+
 def test_a_planted_period_is_found_and_named(found: Explanation) -> None:
     assert next(p.name for p in found.periods if p.found) == "9 minutes back"
     best = found.periods[0]
