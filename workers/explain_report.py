@@ -18,6 +18,8 @@ from workers.report import BLACK, BLUE, GREY, LIGHT, VERMILLION, WIDE, Picture, 
 HEAT_BARS = 390
 """Bars on the heat map: the newest of the symbol with the most."""
 FEATURES_SHOWN = 15
+LEAST_RISE = 0.1
+"""In %: axes of what the loss rises by reach so far at least, or a nothing looks like a finding."""
 CLOSE_TO_UNIFORM = 0.95
 """Of the window: an effective length above it is called that."""
 
@@ -107,7 +109,7 @@ def _words(e: Explanation) -> list[str]:
 
 
 def _verdict(a: Ablation) -> str:
-    rise = f"{100 * a.rise.value:+.1f} % ({100 * a.rise.low:+.1f} to {100 * a.rise.high:+.1f} %)"
+    rise = f"{100 * a.rise.value:+z.1f} % ({100 * a.rise.low:+z.1f} to {100 * a.rise.high:+z.1f} %)"
     matters = "the weights matter" if a.rise.low > 0 else "the weights are not shown to matter"
     return f"{a.target}: with uniform weights the loss changes by {rise}: {matters}."
 
@@ -128,9 +130,9 @@ def _heat_map(e: Explanation) -> Picture:
     spread = float(np.std(e.mean[rows], axis=0).mean() / e.mean[rows].mean())
     return Picture(
         "heat_map",
-        "Where it looks moves with the market"
+        "Where it looks changes from bar to bar"
         if spread > 0.25
-        else f"Where it looks hardly moves with the market (by {100 * spread:.0f} %)",
+        else f"Where it looks hardly changes from bar to bar (by {100 * spread:.0f} %)",
         "Each column is one forecast, each row a distance back. Horizontal bands are habits; slanted "
         "lines are single bars that stay in view while they move away.",
         figure,
@@ -226,6 +228,7 @@ def _periods(e: Explanation) -> Picture:
             va="center",
             fontsize=9,
             color=BLACK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )
     axes.axvline(1, color=VERMILLION, linestyle="--", linewidth=1.4)
     axes.set_yticks(range(len(periods)), [p.name for p in periods])
@@ -259,6 +262,8 @@ def _ablations(e: Explanation) -> Picture:
         panel.plot(100 * a.rise.value, 1, "o", color=VERMILLION)
         panel.set_yticks([0, 1], [f"shuffled, {len(rises)} times", "uniform"])
         panel.set_ylim(-0.6, 1.6)
+        low, high = panel.get_xlim()
+        panel.set_xlim(min(low, -LEAST_RISE), max(high, LEAST_RISE))
         panel.set_title(f"{a.target}, p = {a.p_value:.2g}", loc="left", fontsize=10)
     panels[-1].set_xlabel("rise of the loss against the learned weights (blue), %")
     first = e.ablations[0]
@@ -266,7 +271,7 @@ def _ablations(e: Explanation) -> Picture:
     title = (
         f"Without its weights the network loses {rise:.1f} %"
         if first.rise.low > 0
-        else f"Uniform weights do as well ({rise:+.1f} %): the pattern explains little"
+        else f"Uniform weights do as well ({rise:+z.1f} %): the pattern explains little"
     )
     return Picture(
         "ablation",
@@ -371,8 +376,8 @@ def _shade(figure: Figure, axes: Axes, weights: Weights, origin: Literal["lower"
         cmap="cividis",
         origin=origin,
         interpolation="nearest",
-        vmin=0 if image.max() > 2 else None,
-        vmax=float(np.quantile(image, 0.995)),
+        vmin=0 if image.max() > 2 else min(0.9, float(image.min())),
+        vmax=max(1.1, float(np.quantile(image, 0.995))),
     )
     figure.colorbar(shown, ax=axes, label="attention, 1 = uniform", pad=0.015, extend="max")
 
