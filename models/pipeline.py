@@ -21,6 +21,7 @@ from models.augmentation import Augmentation, AugmentedChunks, ChunkAugmentation
 from models.blending import EnsembleConfig
 from models.bundle import Bundle, BundleConfig
 from models.dataset import (
+    BarsRejected,
     Chunks,
     History,
     head_of,
@@ -168,8 +169,8 @@ def fit_bundle(
 ) -> Bundle:
     """Train a bundle from nothing: scaler, linear start, network, references, monitor.
 
-    `bars` as `load_bars` takes them; `parent` is the version it is to replace. Raises ValueError
-    where there are too few bars, BarsRejected, Diverged.
+    `bars` as `load_bars` takes them; `parent` is the version it is to replace. Raises BarsRejected,
+    also where there are too few, and Diverged.
     """
     how = Fitting(recipe or Recipe(), parent, **options)
     _network_config(targets, how.recipe)  # what is wrong with it is said before features are made
@@ -330,7 +331,7 @@ def fine_tune(
     recent = time_split(times, (1 - recipe.validation, recipe.validation, 0.0)).validation
     chunks = _chunks(past, everything, parent.scaler, recipe, config.sequence)
     if not chunks.counted:
-        raise ValueError(too_short(past))
+        raise BarsRejected(too_short(past))
     frequencies = label_statistics(chunks, config.targets).frequencies
     objective = Objective(config.targets, config.label_scaling, frequencies, recipe.loss)
     network = load_network(parent).requires_grad_(True)
@@ -367,7 +368,7 @@ def fit_anew(
     declared = [c.arl0_bars for c in config.calibrations if c is not None]
     recipe = (recipe or Recipe()).model_copy(
         update={
-            "network": network.model_dump(exclude=sizes, exclude_defaults=True),
+            "network": network.model_dump(exclude=sizes),
             "burn_in": config.warm_up_bars - config.window,
             "scaler": parent.scaler.kind,
         }
@@ -399,14 +400,14 @@ def shift_level(parent: Bundle, bars: pd.DataFrame, target: Target, shift: float
     """A child of `parent` that says `shift` more of one target, and is the same otherwise.
 
     `bars` give its golden outputs and its data span. Raises ValueError for a direction, whose
-    probabilities have no level, and where there are too few bars.
+    probabilities have no level, BarsRejected where there are too few bars.
     """
     config = parent.config
     if target.kind == "direction":
         raise ValueError("a direction has no level to shift")
     past = histories(load_bars(bars), config.features, config.targets)
     if not any(h.is_warm.any() for h in past):
-        raise ValueError(too_short(past))
+        raise BarsRejected(too_short(past))
     bias = tuple(
         b + shift if t == target else b
         for b, t in zip(config.variance_bias, config.targets, strict=True)
@@ -467,7 +468,7 @@ def _start(
 ) -> _Start:
     rows = training_rows(past, span)
     if not len(rows):
-        raise ValueError(too_short(past))
+        raise BarsRejected(too_short(past))
     scaler = Scaler.fit(rows, recipe.scaler)
     seed, alters = recipe.training.seed, recipe.augmentation
     copies = [
@@ -477,6 +478,8 @@ def _start(
     ]
     config = _network_config(targets, recipe)
     chunks: ChunkSource = _chunks([*past, *copies], span, scaler, recipe, config)
+    if not len(chunks):
+        raise BarsRejected(too_short(past))
     if alters.chunks != ChunkAugmentation():
         chunks = AugmentedChunks(chunks, alters.chunks, scaler, targets, seed)
     statistics = label_statistics(chunks, targets)
@@ -493,7 +496,7 @@ def _trained(
     network, recipe = start.network, how.recipe
     validation = _chunks(past, chosen_by, start.scaler, recipe, network.config, shuffle=False)
     if not validation.counted:
-        raise ValueError(too_short(past))
+        raise BarsRejected(too_short(past))
     network.to(_device(how.device))
     progress = train(
         network,

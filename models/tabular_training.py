@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.bundle import Bundle, BundleConfig, LabelScaling
-from models.dataset import History, histories, load_bars, training_rows
+from models.dataset import BarsRejected, History, histories, load_bars, training_rows
 from models.evidence import (
     bar_times,
     calibrations_of,
@@ -74,7 +74,7 @@ def fit_tabular(
 ) -> Bundle:
     """As `models.pipeline.fit_bundle`, with scikit-learn in place of torch.
 
-    Raises ValueError where there are too few bars or a class never occurs, BarsRejected.
+    Raises BarsRejected, also where there are too few; ValueError where a class never occurs.
     """
     recipe = recipe or TabularRecipe()
     bars = load_bars(bars)
@@ -83,7 +83,7 @@ def fit_tabular(
     fold = time_split(bar_times(past), (1 - recipe.validation, recipe.validation, 0.0))
     rows = training_rows(past, fold.train)
     if not len(rows):
-        raise ValueError(too_short(past))
+        raise BarsRejected(too_short(past))
     scaler = Scaler.fit(rows, recipe.scaler)
     x, y = _examples(past, fold.train, scaler, recipe.window, recipe.max_rows)
     scaling = tuple(label_scaling(y[:, k], target) for k, target in enumerate(targets))
@@ -127,7 +127,7 @@ def fit_tabular(
 def tune_tabular(parent: Bundle, bars: pd.DataFrame, recipe: TabularRecipe | None = None) -> Bundle:
     """A child whose last layers have learnt from recent `bars`, drawn to the parent's by a penalty.
 
-    All else stays, but for the variance bias. Raises ValueError where there are too few bars.
+    All else stays, but for the variance bias. Raises BarsRejected where there are too few bars.
     """
     recipe = recipe or TabularRecipe(validation=0.25)
     config, network = parent.config, parent.config.network
@@ -191,7 +191,7 @@ def _examples(
     every = max(1, -(-sum(map(len, rows)) // max_rows))
     chosen = [(h, own[::every]) for h, own in zip(past, rows, strict=True) if len(own)]
     if not chosen:
-        raise ValueError(too_short(past))
+        raise BarsRejected(too_short(past))
     x = np.concatenate([_windows(h, own, scaler, T) for h, own in chosen])
     return x, np.concatenate([h.y[own] for h, own in chosen])
 
