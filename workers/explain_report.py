@@ -307,6 +307,10 @@ def _seeds(e: Explanation) -> Picture:
         "seeds",
         f"Seeds say the same (r = {said:.3g}) and look at the same (r = {bars:.2g})"
         if bars > 0.8
+        else f"Seeds say the same (r = {said:.3g}) and look at everything alike"
+        if said > 0.8
+        and all(float(np.exp(entropy(p))) > CLOSE_TO_UNIFORM * len(p) for p in e.seeds)
+        and e.effective_length.mean() > CLOSE_TO_UNIFORM * e.weights.shape[2]
         else f"Seeds say the same (r = {said:.3g}) but look elsewhere (r = {bars:.2g})"
         if said > 0.8
         else f"Seeds disagree on what they say (r = {said:.2g}) and see (r = {bars:.2g})",
@@ -328,16 +332,18 @@ def _gradients(e: Explanation) -> Picture:
         axes.step(lag, share, where="mid", color=colour, linestyle=style, linewidth=1.6, label=name)
     axes.set_xlabel("bars back (the newest, 0, is left out)")
     axes.set_ylabel("share, %")
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
     axes.legend(loc="upper right", frameon=False)
     newest = 100 * e.gradients.by_lag[0] / e.gradients.by_lag.sum()
     moved, seen = (
-        float(np.exp(entropy(line[1:] / line[1:].sum())))
+        float(np.exp(entropy(line[1:] / max(line[1:].sum(), 1e-30))))
         for line in (e.gradients.by_lag, e.mean.mean(axis=0))
     )
     return Picture(
         "gradients",
-        f"What moves the forecast is as wide as {moved:.0f} bars, what is looked at as {seen:.0f}",
+        f"What moves the forecast is as wide as {moved:.0f} bars, what is looked at as {seen:.0f}"
+        if e.gradients.by_lag[1:].any()
+        else "Nothing but the newest bar moves the forecast, wherever it looks",
         f"Rank correlation of the two lines: {e.gradients.rank_correlation:.2f}. The newest bar has "
         f"{newest:.0f} % of all gradients: skip and recurrent layers read it without attention. What the "
         "state carries from before the window is in neither line.",
