@@ -94,7 +94,7 @@ def fit_ensemble(
     shares, evidence = _shares(targets, weighting, out_of_fold, labels, ts)
     bundle = _leveled(_weighed(bundle, shares), past, fold.validation, how.device)
     bundle = replace(bundle, metrics={**bundle.metrics, **evidence})
-    return pipeline.with_evidence(bundle, past, fold.validation, how.device, recipe)
+    return pipeline.with_evidence(bundle, past, fold.test, how.device, recipe)
 
 
 def fine_tune(parent: Bundle, bars: pd.DataFrame, how: Fitting) -> Bundle:

@@ -5,16 +5,17 @@ What it fits is the bundle that the workers serve. Needs the package scikit-lear
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from models.blending import Weighting
+from models.blending import EnsembleConfig, Weighting
 from models.bundle import load, save
 from models.dataset import epoch_ms, histories, load_bars
+from models.network_config import NetworkConfig
 from models.pipeline import Recipe, fine_tune, fit_bundle, score
 from models.replay import replay
 from models.runtimes import open_runtime
@@ -70,6 +71,8 @@ class BarForecaster(BaseEstimator):  # type: ignore[misc] # scikit-learn has no 
         targets = [Target(kind=kind, horizon=self.horizon) for kind in kinds]
         recipe, device = self._recipe(), self.device
         if self.ensemble:
+            if self.ensemble not in get_args(Weighting):
+                raise ValueError(f"ensemble={self.ensemble!r} is none of {get_args(Weighting)}")
             from models.ensemble import fit_ensemble
 
             self.bundle_ = fit_ensemble(
@@ -129,21 +132,31 @@ class BarForecaster(BaseEstimator):  # type: ignore[misc] # scikit-learn has no 
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto") -> Self:
-        """Of a bundle, whoever made it; refused (BundleRejected) if a byte of it is wrong."""
+        """Of a bundle, whoever made it; refused (BundleRejected) if a byte of it is wrong.
+
+        Fitted anew it has the same network and weighting; all else is as by default.
+        """
         bundle = load(Path(path))
-        targets = bundle.config.targets
+        targets, network = bundle.config.targets, bundle.config.network
+        weighting = recipe = None
+        if isinstance(network, EnsembleConfig):
+            weighting, network = network.weighting, network.sequence
+        if isinstance(network, NetworkConfig):
+            recipe = Recipe(network=network.model_dump(exclude={"n_features", "n_outputs"}))
         kinds = [target.kind for target in targets]
         made = cls(
             kinds[0] if len(kinds) == 1 else kinds,
             horizon=targets[0].horizon,
             seed=bundle.provenance.seed,
+            ensemble=weighting,
+            recipe=recipe,
             device=device,
         )
         made.bundle_ = bundle
         return made
 
     def _recipe(self) -> Recipe:
-        recipe = self.recipe or Recipe()
+        recipe = Recipe.model_validate(self.recipe or {})
         network = _given(window=self.window, hidden=self.hidden, layers=self.layers)
         training = _given(epochs=self.epochs, learning_rate=self.learning_rate, seed=self.seed)
         return recipe.model_copy(

@@ -181,5 +181,5 @@ def too_short(past: Sequence[History]) -> BarsRejected:
     longest = max(len(h.ts) for h in past)
     return BarsRejected(
         f"too few bars: the longest of {len(past)} symbol(s) has {longest}; features need "
-        f"{WARM_UP_BARS} before the first example, then come burn-in and horizon"
+        f"{WARM_UP_BARS} before the first example, then come burn-in and horizon; and prices must move"
     )

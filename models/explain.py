@@ -7,6 +7,7 @@ or shuffled, how much of the pattern is the seed's, and integrated gradients of 
 Shapes: n bars, N heads, T window, F features, K targets, B pieces, L steps.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,11 +205,11 @@ def explain(
     bundle, config = bundles[0], bundles[0].config
     if any(b.config.features != config.features for b in bundles):
         raise BundleRejected("the bundles read bars in different ways: their feature specs differ")
-    past = _newest(histories(load_bars(bars), config.features, config.targets))
+    past = histories(load_bars(bars), config.features, config.targets)
     longest = max(_before(b) for b in bundles)
     todo = list(pieces(past, Span(0, np.iinfo(np.int64).max), longest))
     todo = [piece._replace(first=max(piece.first, piece.start + longest)) for piece in todo]
-    todo = [piece for piece in todo if piece.first < piece.stop]
+    todo = _newest([piece for piece in todo if piece.first < piece.stop])
     if not todo:
         raise BarsRejected(f"too few bars: none has {longest} warm ones before it")
     run = _Bars(past, todo, config.features)
@@ -429,10 +430,17 @@ def _opened(bundle: Bundle) -> _Opened:
     return _Carried(network)
 
 
-def _newest(past: list[History]) -> list[History]:
-    """Of each symbol the newest bars that can be forecast from, and all before them."""
-    each = MAX_BARS // max(len(past), 1)
-    return [h for h in past if h.is_warm.any()] if each else past
+def _newest(todo: list[Piece]) -> list[Piece]:
+    """Those of the newest bars, so many of each symbol, with as many before them as they had."""
+    each = max(MAX_BARS // max(len({piece.history for piece in todo}), 1), 1)
+    taken, kept = Counter[int](), list[Piece]()
+    for piece in reversed(todo):
+        n = min(piece.stop - piece.first, each - taken[piece.history])
+        if n:
+            later = piece.stop - n - piece.first
+            kept.append(piece._replace(start=piece.start + later, first=piece.first + later))
+            taken[piece.history] += n
+    return kept[::-1]
 
 
 # ---- what the stretches of the window are called ----

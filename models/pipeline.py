@@ -171,8 +171,8 @@ def fit_bundle(
 ) -> Bundle:
     """Train a bundle from nothing: scaler, linear start, network, references, monitor.
 
-    `bars` as `load_bars` takes them; `parent` is the version it is to replace. Raises ValueError
-    where there are too few bars, BarsRejected, Diverged.
+    `bars` as `load_bars` takes them; `parent` is the version it is to replace. Raises BarsRejected,
+    also where there are too few, and Diverged.
     """
     how = Fitting(recipe or Recipe(), parent, **options)
     _network_config(targets, how.recipe)  # what is wrong with it is said before features are made
@@ -370,7 +370,7 @@ def fit_anew(
     declared = [c.arl0_bars for c in config.calibrations if c is not None]
     recipe = (recipe or Recipe()).model_copy(
         update={
-            "network": network.model_dump(exclude=sizes, exclude_defaults=True),
+            "network": network.model_dump(exclude=sizes),
             "burn_in": config.warm_up_bars - config.window,
             "scaler": parent.scaler.kind,
         }
@@ -402,7 +402,7 @@ def shift_level(parent: Bundle, bars: pd.DataFrame, target: Target, shift: float
     """A child of `parent` that says `shift` more of one target, and is the same otherwise.
 
     `bars` give its golden outputs and its data span. Raises ValueError for a direction, whose
-    probabilities have no level, and where there are too few bars.
+    probabilities have no level, BarsRejected where there are too few bars.
     """
     config = parent.config
     if target.kind == "direction":
@@ -480,6 +480,8 @@ def _start(
     ]
     config = _network_config(targets, recipe)
     chunks: ChunkSource = _chunks([*past, *copies], span, scaler, recipe, config)
+    if not len(chunks):
+        raise too_short(past)
     if alters.chunks != ChunkAugmentation():
         chunks = AugmentedChunks(chunks, alters.chunks, scaler, targets, seed)
     statistics = label_statistics(chunks, targets)

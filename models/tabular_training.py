@@ -74,7 +74,7 @@ def fit_tabular(
 ) -> Bundle:
     """As `models.pipeline.fit_bundle`, with scikit-learn in place of torch.
 
-    Raises ValueError where there are too few bars or a class never occurs, BarsRejected.
+    Raises BarsRejected, also where there are too few; ValueError where a class never occurs.
     """
     recipe = recipe or TabularRecipe()
     bars = load_bars(bars)
@@ -127,7 +127,7 @@ def fit_tabular(
 def tune_tabular(parent: Bundle, bars: pd.DataFrame, recipe: TabularRecipe | None = None) -> Bundle:
     """A child whose last layers have learnt from recent `bars`, drawn to the parent's by a penalty.
 
-    All else stays, but for the variance bias. Raises ValueError where there are too few bars.
+    All else stays, but for the variance bias. Raises BarsRejected where there are too few bars.
     """
     recipe = recipe or TabularRecipe(validation=0.25)
     config, network = parent.config, parent.config.network

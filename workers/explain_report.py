@@ -18,6 +18,8 @@ from workers.report import BLACK, BLUE, GREY, LIGHT, VERMILLION, WIDE, Picture, 
 HEAT_BARS = 390
 """Bars on the heat map: the newest of the symbol with the most."""
 FEATURES_SHOWN = 15
+LEAST_RISE = 0.1
+"""In %: axes of what the loss rises by reach so far at least, or a nothing looks like a finding."""
 CLOSE_TO_UNIFORM = 0.95
 """Of the window: an effective length above it is called that."""
 
@@ -107,7 +109,7 @@ def _words(e: Explanation) -> list[str]:
 
 
 def _verdict(a: Ablation) -> str:
-    rise = f"{100 * a.rise.value:+.1f} % ({100 * a.rise.low:+.1f} to {100 * a.rise.high:+.1f} %)"
+    rise = f"{100 * a.rise.value:+z.1f} % ({100 * a.rise.low:+z.1f} to {100 * a.rise.high:+z.1f} %)"
     matters = "the weights matter" if a.rise.low > 0 else "the weights are not shown to matter"
     return f"{a.target}: with uniform weights the loss changes by {rise}: {matters}."
 
@@ -128,9 +130,9 @@ def _heat_map(e: Explanation) -> Picture:
     spread = float(np.std(e.mean[rows], axis=0).mean() / e.mean[rows].mean())
     return Picture(
         "heat_map",
-        "Where it looks moves with the market"
+        "Where it looks changes from bar to bar"
         if spread > 0.25
-        else f"Where it looks hardly moves with the market (by {100 * spread:.0f} %)",
+        else f"Where it looks hardly changes from bar to bar (by {100 * spread:.0f} %)",
         "Each column is one forecast, each row a distance back. Horizontal bands are habits; slanted "
         "lines are single bars that stay in view while they move away.",
         figure,
@@ -226,6 +228,7 @@ def _periods(e: Explanation) -> Picture:
             va="center",
             fontsize=9,
             color=BLACK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )
     axes.axvline(1, color=VERMILLION, linestyle="--", linewidth=1.4)
     axes.set_yticks(range(len(periods)), [p.name for p in periods])
@@ -259,6 +262,8 @@ def _ablations(e: Explanation) -> Picture:
         panel.plot(100 * a.rise.value, 1, "o", color=VERMILLION)
         panel.set_yticks([0, 1], [f"shuffled, {len(rises)} times", "uniform"])
         panel.set_ylim(-0.6, 1.6)
+        low, high = panel.get_xlim()
+        panel.set_xlim(min(low, -LEAST_RISE), max(high, LEAST_RISE))
         panel.set_title(f"{a.target}, p = {a.p_value:.2g}", loc="left", fontsize=10)
     panels[-1].set_xlabel("rise of the loss against the learned weights (blue), %")
     first = e.ablations[0]
@@ -266,7 +271,7 @@ def _ablations(e: Explanation) -> Picture:
     title = (
         f"Without its weights the network loses {rise:.1f} %"
         if first.rise.low > 0
-        else f"Uniform weights do as well ({rise:+.1f} %): the pattern explains little"
+        else f"Uniform weights do as well ({rise:+z.1f} %): the pattern explains little"
     )
     return Picture(
         "ablation",
@@ -302,6 +307,10 @@ def _seeds(e: Explanation) -> Picture:
         "seeds",
         f"Seeds say the same (r = {said:.3g}) and look at the same (r = {bars:.2g})"
         if bars > 0.8
+        else f"Seeds say the same (r = {said:.3g}) and look at everything alike"
+        if said > 0.8
+        and all(float(np.exp(entropy(p))) > CLOSE_TO_UNIFORM * len(p) for p in e.seeds)
+        and e.effective_length.mean() > CLOSE_TO_UNIFORM * e.weights.shape[2]
         else f"Seeds say the same (r = {said:.3g}) but look elsewhere (r = {bars:.2g})"
         if said > 0.8
         else f"Seeds disagree on what they say (r = {said:.2g}) and see (r = {bars:.2g})",
@@ -323,16 +332,18 @@ def _gradients(e: Explanation) -> Picture:
         axes.step(lag, share, where="mid", color=colour, linestyle=style, linewidth=1.6, label=name)
     axes.set_xlabel("bars back (the newest, 0, is left out)")
     axes.set_ylabel("share, %")
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
     axes.legend(loc="upper right", frameon=False)
     newest = 100 * e.gradients.by_lag[0] / e.gradients.by_lag.sum()
     moved, seen = (
-        float(np.exp(entropy(line[1:] / line[1:].sum())))
+        float(np.exp(entropy(line[1:] / max(line[1:].sum(), 1e-30))))
         for line in (e.gradients.by_lag, e.mean.mean(axis=0))
     )
     return Picture(
         "gradients",
-        f"What moves the forecast is as wide as {moved:.0f} bars, what is looked at as {seen:.0f}",
+        f"What moves the forecast is as wide as {moved:.0f} bars, what is looked at as {seen:.0f}"
+        if e.gradients.by_lag[1:].any()
+        else "Nothing but the newest bar moves the forecast, wherever it looks",
         f"Rank correlation of the two lines: {e.gradients.rank_correlation:.2f}. The newest bar has "
         f"{newest:.0f} % of all gradients: skip and recurrent layers read it without attention. What the "
         "state carries from before the window is in neither line.",
@@ -371,8 +382,8 @@ def _shade(figure: Figure, axes: Axes, weights: Weights, origin: Literal["lower"
         cmap="cividis",
         origin=origin,
         interpolation="nearest",
-        vmin=0 if image.max() > 2 else None,
-        vmax=float(np.quantile(image, 0.995)),
+        vmin=0 if image.max() > 2 else min(0.9, float(image.min())),
+        vmax=max(1.1, float(np.quantile(image, 0.995))),
     )
     figure.colorbar(shown, ax=axes, label="attention, 1 = uniform", pad=0.015, extend="max")
 

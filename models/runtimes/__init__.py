@@ -43,6 +43,10 @@ GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 """One of them is there where Linux has a GPU that torch can use: NVIDIA, its Tegra, WSL, AMD."""
 
 
+class RuntimeUnavailable(ValueError):
+    """There is no such runtime, or its library is not installed; the message says what there is."""
+
+
 class Step(NamedTuple):
     """What a bundle says about n bars; shapes: K targets, T steps of attention."""
 
@@ -95,8 +99,8 @@ def open_runtime(
     may be broken on this machine, not the bundle. Where the reference fails too, it is the bundle.
 
     Raises BundleRejected if weights do not fit the network, the golden values are not met, or the
-    runtime cannot run such a network, or not in this precision; ValueError for a runtime that is unknown
-    or not installed, or a precision that the CPU has not.
+    runtime cannot run such a network, or not in this precision; RuntimeUnavailable for a runtime that is
+    unknown or not installed; ValueError for a precision that the CPU has not.
     """
     able = runtimes_of(bundle.config.network)
     if precision == "bfloat16" and name == "auto":
@@ -113,7 +117,7 @@ def open_runtime(
         runtime.reset(np.arange(len(runtime.steps_seen)))
         _tell(logging.INFO, "runtime", bundle, each)
         return runtime
-    raise ValueError(f"none of {', '.join(able)} is installed")
+    raise RuntimeUnavailable(f"none of {', '.join(able)} is installed")
 
 
 def _tell(level: int, event: str, bundle: Bundle, runtime: str, **fields: str) -> None:
@@ -168,7 +172,9 @@ def _build(bundle: Bundle, name: str, device: str, precision: Precision = "float
     if name == "auto":
         name = _by_speed(able, device)[0]
     if name not in RUNTIMES:
-        raise ValueError(f"no runtime is called {name!r}; there are: auto, {', '.join(RUNTIMES)}")
+        raise RuntimeUnavailable(
+            f"no runtime is called {name!r}; there are: auto, {', '.join(RUNTIMES)}"
+        )
     if name not in able:
         raise BundleRejected(
             f"{bundle.version}: the {name} runtime cannot run {bundle.config.network.summary()}; "
@@ -179,7 +185,11 @@ def _build(bundle: Bundle, name: str, device: str, precision: Precision = "float
     try:
         return _open(bundle, name, device, precision)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: install the extra `{name}`") from error
+        others = [each for each in able if each != name and find_spec(RUNTIMES[each])]
+        instead = f", or take {' or '.join(others)}" if others else ""
+        raise RuntimeUnavailable(
+            f"the {name} runtime needs {error.name}, which is not installed{instead}"
+        ) from error
 
 
 def _by_speed(able: Sequence[str], device: str) -> list[str]:

@@ -23,7 +23,7 @@ from models.blending import (
 from models.bundle import Bundle, BundleRejected, load, save
 from models.dataset import histories, load_bars
 from models.features import F, FeatureSpec
-from models.pipeline import FINE_TUNING, Recipe, fine_tune, forecast
+from models.pipeline import FINE_TUNING, Recipe, fine_tune, forecast, score
 from models.remedy import WEIGHTS_SHARE, choose, recent_excess
 from models.replay import replay
 from models.runtimes import open_runtime, sequence_member
@@ -91,6 +91,17 @@ def test_it_survives_the_disk_and_meets_its_golden_outputs(blended: Bundle, tmp_
     assert again.config == blended.config
     open_runtime(again, device="cpu")
     assert "boosted trees" in (tmp_path / blended.version / "model_card.md").read_text()
+
+
+def test_its_losses_are_those_of_the_newest_tenth_that_nothing_was_fitted_on(
+    blended: Bundle,
+) -> None:
+    past = histories(load_bars(make_bars(2_600)), SPEC, TARGETS)
+    newest = RECIPE.fold(np.concatenate([h.ts for h in past]), SPEC).test
+    scored = score(blended, past, forecast(blended, past, newest))
+    losses = np.nanmean(np.concatenate([s.losses for s in scored]), axis=0)
+    for target, loss in zip(TARGETS, losses, strict=True):
+        assert blended.metrics[f"{target.name}/loss"] == pytest.approx(loss)
 
 
 def test_it_says_the_weighed_mean_of_its_members(blended: Bundle) -> None:

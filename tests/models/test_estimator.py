@@ -147,3 +147,17 @@ def test_a_partial_fit_makes_a_child(fitted: BarForecaster) -> None:
     child.bundle_ = fitted.bundle_
     child.partial_fit(make_bars(900, seed=5))
     assert child.bundle_.provenance.parent == fitted.bundle_.version
+
+
+def test_a_loaded_one_that_is_cloned_and_fitted_has_the_same_network(
+    fitted: BarForecaster, tmp_path: Path
+) -> None:
+    loaded = BarForecaster.load(fitted.save(tmp_path))
+    again = clone(loaded).set_params(epochs=1).fit(make_bars(1_200))
+    assert again.bundle_.config.network == fitted.bundle_.config.network
+
+
+def test_a_recipe_may_be_a_mapping_and_a_wrong_weighting_is_refused_at_once() -> None:
+    assert small(recipe=RECIPE.model_dump())._recipe() == small()._recipe()
+    with pytest.raises(ValueError, match=r"is none of .*shrunk"):
+        small(ensemble="best").fit(make_bars(1_200))

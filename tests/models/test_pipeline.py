@@ -1,5 +1,6 @@
 """From bars to a bundle that serves: the same seed the same bundle, a child that keeps what is frozen."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 
 from models.baselines import HALF_LIVES_BARS
 from models.bundle import Bundle, load, save
-from models.dataset import histories, load_bars
+from models.dataset import BarsRejected, histories, load_bars
 from models.features import FeatureSpec
 from models.input_drift import InputDrift, measure
-from models.pipeline import FINE_TUNING, Recipe, fine_tune, fit_bundle, forecast, score
+from models.pipeline import FINE_TUNING, Recipe, fine_tune, fit_anew, fit_bundle, forecast, score
 from models.replay import inputs_of
 from models.runtimes import open_runtime
 from models.simulation import Scenario, Simulator
@@ -197,7 +198,28 @@ def test_fine_tuning_recovers_from_a_change_of_regime(fitted: Bundle) -> None:
 
 @pytest.mark.parametrize("n", [100, 420])
 def test_too_few_bars_say_what_is_needed(fitted: Bundle, n: int) -> None:
-    with pytest.raises(ValueError, match=r"too few bars|too short|no step"):
+    with pytest.raises(BarsRejected, match="too few bars"):
         fit_bundle(make_bars(n), TARGETS, spec=SPEC, recipe=RECIPE, device="cpu")
-    with pytest.raises(ValueError, match=r"too few bars|no step"):
+    with pytest.raises(BarsRejected, match="too few bars"):
         fine_tune(fitted, make_bars(n), device="cpu")
+
+
+def test_bars_of_which_no_chunk_counts_are_too_few() -> None:
+    recipe = RECIPE.model_copy(update={"burn_in": 200})
+    with pytest.raises(BarsRejected, match="too few bars"):
+        fit_bundle(make_bars(550), TARGETS, spec=SPEC, recipe=recipe, device="cpu")
+
+
+def test_prices_that_never_move_are_refused_with_the_reason() -> None:
+    still = make_bars(1_200)
+    still[["open", "high", "low", "close"]] = 50.0
+    volatility = Target(kind="volatility", horizon=5)
+    with pytest.raises(BarsRejected, match="prices must move"):
+        fit_bundle(still, [volatility], spec=SPEC, recipe=RECIPE, device="cpu")
+
+
+def test_a_network_that_is_fitted_anew_keeps_its_dropout(fitted: Bundle) -> None:
+    network = fitted.config.sequence.model_copy(update={"dropout": 0.1, "input_dropout": 0.0})
+    parent = replace(fitted, config=fitted.config.model_copy(update={"network": network}))
+    anew = fit_anew(parent, make_bars(1_200), recipe=RECIPE, device="cpu")
+    assert anew.config.sequence == network

@@ -23,6 +23,7 @@ from models.runtimes import (
     RUNTIMES,
     TOLERANCE,
     Runtime,
+    RuntimeUnavailable,
     Slots,
     Step,
     open_runtime,
@@ -455,6 +456,17 @@ class TestAuto:
         assert "golden" in caplog.records[0].fields["error"]  # type: ignore[attr-defined]
         with pytest.raises(BundleRejected, match="golden"):
             open_runtime(bundle, "numba", "cpu")
+
+    def test_a_library_that_is_absent_is_named_with_the_runtimes_that_are_there(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def absent(*_: object) -> None:
+            raise ModuleNotFoundError(name="onnxruntime")
+
+        bundle = make_bundle()
+        monkeypatch.setattr(runtimes, "_open", absent)
+        with pytest.raises(RuntimeUnavailable, match=r"onnxruntime.*take torch or numba"):
+            open_runtime(bundle, "onnx", "cpu")
 
     def test_a_bundle_that_the_reference_contradicts_is_refused(self) -> None:
         bundle = make_bundle()

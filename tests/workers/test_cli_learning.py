@@ -1,5 +1,6 @@
 """The commands that make bundles out of bars, as a user calls them."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +202,29 @@ def test_a_system_in_which_nothing_has_happened_has_a_report(
     result = invoke("report", "--out", str(tmp_path / "report"))
     assert result.exit_code == 0, result.output
     assert "<html" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "library", "instead"),
+    [
+        ((), "torch", "--library sklearn"),
+        (("--ensemble", "equal"), "xgboost", "no --ensemble"),
+        (("--library", "sklearn"), "sklearn", "gpt-trader-stream[ensemble]"),
+    ],
+)
+def test_what_is_not_installed_is_said_with_what_to_do(
+    options: tuple[str, ...],
+    library: str,
+    instead: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == library else found(name)
+    )
+    refused = train(tmp_path, *options)
+    assert refused.exit_code == 2
+    said = " ".join(refused.output.replace("│", " ").split())
+    assert library in said
+    assert instead in said

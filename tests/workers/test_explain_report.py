@@ -66,6 +66,33 @@ def found() -> Explanation:
     return explain([planted(), planted(seed=1)], bars())
 
 
+def test_only_the_newest_bars_of_each_symbol_are_explained(
+    found: Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.explain.MAX_BARS", 100)
+    monkeypatch.setattr("models.explain.PERMUTATIONS", 1)
+    two = pd.concat([bars(), bars().assign(symbol="B")])
+    fewer = explain([planted()], two)
+    for symbol in ("A", "B"):
+        assert np.array_equal(fewer.ts[fewer.symbol == symbol], found.ts[-50:])
+    np.testing.assert_allclose(fewer.weights[:50], found.weights[-50:], atol=1e-3)
+
+
+def test_a_network_that_never_left_its_linear_start_is_said_to_look_nowhere_that_matters(
+    tmp_path: Path,
+) -> None:
+    def untrained(seed: int) -> Bundle:
+        bundle = make_bundle(seed, window=16, targets=VOLATILITY)
+        nil = {n: np.zeros_like(a) for n, a in bundle.weights.items() if n != "skip.weight"}
+        skip = np.full_like(bundle.weights["skip.weight"], 0.01)
+        made = replace(bundle, weights={**nil, "skip.weight": skip})
+        return with_golden(made, bundle.golden["x"])
+
+    page = run([untrained(0), untrained(1)], bars(), tmp_path).read_text()
+    assert "Nothing but the newest bar moves the forecast" in page
+    assert "look at everything alike" in page
+
+
 def test_a_planted_period_is_found_and_named(found: Explanation) -> None:
     assert next(p.name for p in found.periods if p.found) == "9 minutes back"
     best = found.periods[0]

@@ -70,8 +70,9 @@ def _is_expected(error: Exception) -> bool:
 
     from models.bundle import BundleRejected
     from models.dataset import BarsRejected
+    from models.runtimes import RuntimeUnavailable
     from models.sessions import CalendarUnavailable
     from workers.errors import StreamError
 
-    ours = StreamError | BundleRejected | BarsRejected | CalendarUnavailable
+    ours = StreamError | BundleRejected | BarsRejected | CalendarUnavailable | RuntimeUnavailable
     return isinstance(error, ours | ValidationError | OSError)

@@ -128,8 +128,12 @@ def train(
     if library is Library.sklearn:
         from models.tabular_training import TabularRecipe, fit_tabular
 
+        _need("sklearn", "pip install 'gpt-trader-stream[ensemble]'")
         bundle = fit_tabular(read_bars(bars), targets, recipe=TabularRecipe(seed=seed or 0))
     else:
+        _need("torch", "pip install torch, or take --library sklearn")
+        if ensemble:
+            _need("xgboost", "pip install 'gpt-trader-stream[ensemble]', or take no --ensemble")
         from contextlib import ExitStack, closing
 
         from models.pipeline import FitOptions, fit_bundle, fit_file
@@ -189,6 +193,7 @@ def fine_tune(
 
     gpt-trader-stream fine-tune --bundle store/bundles/VERSION --bars spy:2018-02 --out store/bundles
     """
+    _need("torch", "pip install torch, or train anew with --library sklearn")
     from models import pipeline
     from models.bundle import load, save
     from models.watchers import ProgressBar
@@ -226,6 +231,7 @@ def tune(
     gpt-trader-stream tune --bars spy:2017 --out tuning
     gpt-trader-stream train --bars spy:2017 --out store/bundles --recipe tuning/recipe.json
     """
+    _need("torch", "pip install torch")
     from models.pipeline import search
 
     start = _recipe(recipe, training={"epochs": epochs})
@@ -338,10 +344,8 @@ def evaluate(
     gpt-trader-stream evaluate --bars FILE.parquet --target volatility --horizon 12
     --json out.json --report out.html
     """
-    from importlib.util import find_spec
-
-    if find_spec("xgboost") is None:
-        raise typer.BadParameter("it needs XGBoost: pip install 'gpt-trader-stream[ensemble]'")
+    _need("torch", "pip install torch")
+    _need("xgboost", "pip install 'gpt-trader-stream[ensemble]'")
     from models.evaluation import FAST, Protocol
     from models.targets import Target
     from workers.evaluate import run
@@ -380,6 +384,7 @@ def explain(
 
     gpt-trader-stream explain --bundle store/bundles/VERSION --bars spy:2018-01 --out explained
     """
+    _need("torch", "pip install torch")
     from models.bundle import load
     from workers.explain_report import run
 
@@ -387,6 +392,13 @@ def explain(
     with console.status("") as status:
         path = run([load(b) for b in bundle], frame, out, advance=lambda what: status.update(what))
     typer.echo(path)
+
+
+def _need(library: str, remedy: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(library) is None:
+        raise typer.BadParameter(f"it needs {library}, which is not installed: {remedy}")
 
 
 def _fields(pairs: list[str]) -> dict[str, str]:
