@@ -105,7 +105,7 @@ class Garch(Finished):
     """GARCH(1,1) of each symbol's returns within sessions, by Gaussian quasi-likelihood.
 
     Bollerslev 1986. A symbol with fewer than `MIN_RETURNS` training returns, or whose fit fails, has
-    the median parameters of the others and a level of its own returns up to then.
+    the median parameters of the others and a level of its own returns up to then. Never below the floor.
     """
 
     name = "garch"
@@ -122,6 +122,7 @@ class Garch(Finished):
                 self._own[history.symbol] = fitted
         shapes = [(alpha, beta) for _, alpha, beta in self._own.values()] or [self.TYPICAL]
         self._shape = tuple(np.median(np.array(shapes), axis=0))
+        self._floor = _floor(panel, part)
 
     def predict(self, panel: Panel, rows: Ints) -> Floats:
         def one(history: History) -> Floats:
@@ -130,7 +131,7 @@ class Garch(Finished):
             level, alpha, beta = self._own.get(history.symbol, (-1.0, alpha, beta))
             return cast(Floats, _garch_forecasts(r, level, alpha, beta, panel.target.horizon))
 
-        return _by_symbol(panel, rows, one)
+        return np.maximum(_by_symbol(panel, rows, one), self._floor)
 
 
 def fit_garch(returns: Floats, at_least: int) -> tuple[float, float, float] | None:

@@ -123,6 +123,18 @@ def test_volatility_is_forecast_better_than_by_its_mean(make: object) -> None:
     assert (error - error.mean()).var() < 0.95 * y.var()
 
 
+@pytest.mark.parametrize("make", [LastValue, Ewma, Garch])
+def test_a_price_that_stands_still_is_never_without_variance(make: type[Forecaster]) -> None:
+    frame = make_frame(1, 3000)
+    close = 100 * np.exp(np.cumsum(garch_returns(3000, 1e-6, 0.1, 0.9, seed=1)))
+    close[2300:2900] = close[2299]
+    bars = load_bars(frame.assign(open=close, high=close, low=close, close=close))
+    panel = build(bars, infer_spec(bars), Target(kind="volatility", horizon=6))
+    model, part = make(), first_part(panel)
+    model.fit(panel, part)
+    assert model.predict(panel, part.test).min() >= np.quantile(panel.y[part.train], 0.01)
+
+
 def test_shuffled_labels_leave_no_skill() -> None:
     panel = make_panel(n=3000)
     rng = np.random.default_rng(0)
