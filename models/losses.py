@@ -25,7 +25,8 @@ a single bar decide the weights."""
 class LossConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    volatility: RegressionLoss = "mse"
+    volatility: RegressionLoss = "qlike"
+    """Squared errors of the log ask for the mean log; what is judged is the mean variance."""
     returns: Literal["mse", "huber", "pinball"] = "huber"
     direction: ClassLoss = "cross_entropy"
     huber_delta: Annotated[float, Field(gt=0)] = 1.0

@@ -91,7 +91,9 @@ class Recipe(BaseModel):
     )
     """By default the rate does not depend on how long training may last, nor do the weights."""
     loss: LossConfig = LossConfig()
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = Augmentation(chunks=ChunkAugmentation(level=0.5))
+    """By default one factor for the returns of each training stream: how variance will move says more
+    than how high it was, and new regimes and symbols have other levels."""
     scaler: Kind = "standard"
     validation: Share = 0.2
     """Share of the bar times, the newest. Epochs and variance bias are chosen on its first half; on its

@@ -61,7 +61,7 @@ class Options(BaseModel):
     learn from the validation part too."""
     rows: int = 1_600_000
     """Of all epochs together: a longer history has fewer epochs, but at least two."""
-    loss: LossConfig = LossConfig(volatility="qlike")
+    loss: LossConfig = LossConfig()
     augmentation: ChunkAugmentation = ChunkAugmentation(level=0.5)
     """Of training chunks where a volatility is learnt: how variance will move says more than how high
     a symbol's was when it was learnt, and new symbols and regimes have other levels."""

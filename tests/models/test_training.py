@@ -162,7 +162,7 @@ def test_label_statistics_come_from_the_counted_steps() -> None:
 
 def test_the_best_weights_are_kept_not_the_last() -> None:
     chunks, validation = Synthetic(remembered), Synthetic(remembered, seed=1)
-    objective = make_objective(chunks, VOLATILITY)
+    objective = make_objective(chunks, VOLATILITY, volatility="mse")
     network = new_network()
     config = TrainingConfig(epochs=12, learning_rate=0.5, patience=99)
     progress = train(network, chunks, validation, objective, config)

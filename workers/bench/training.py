@@ -47,8 +47,8 @@ def run(
 
     `seconds`, `cpu_seconds` (of all threads: what other work on the machine changes less) and
     `peak_rss_mb` are of all of this and of nothing else: reading the file is before, and memory
-    counts from what the process held then. `validation_loss` is the mean squared error
-    of the standardised log variance on the newest fifth. `long` trains as `LONG` says.
+    counts from what the process held then. `validation_loss` is QLIKE on the first half of the newest
+    fifth, by which the epoch is chosen. `long` trains as `LONG` says.
     """
     frame = sources.read(bars)
     recipe = Recipe()
