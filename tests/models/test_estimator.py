@@ -136,7 +136,7 @@ def test_the_skill_is_below_one_and_falls_with_a_wrong_level(fitted: BarForecast
     skill = fitted.score(later)
     assert skill < 1
     target = fitted.bundle_.config.targets[0]
-    for far_off in (-6.0, 6.0):
+    for far_off in (-20.0, 20.0):
         worse = clone(fitted)
         worse.bundle_ = shift_level(fitted.bundle_, later, target, far_off)
         assert worse.score(later) < skill
