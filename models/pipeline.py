@@ -87,7 +87,7 @@ class Recipe(BaseModel):
     network: dict[str, Any] = {}
     """Fields of `NetworkConfig`, over `REGULARISED`; inputs and outputs follow from features and targets."""
     training: TrainingConfig = TrainingConfig(
-        epochs=12, learning_rate=1e-3, patience=2, schedule=ScheduleConfig(kind="constant")
+        epochs=12, learning_rate=1e-3, patience=4, schedule=ScheduleConfig(kind="constant")
     )
     """By default the rate does not depend on how long training may last, nor do the weights."""
     loss: LossConfig = LossConfig()

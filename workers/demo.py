@@ -1,8 +1,8 @@
 """The demo: the whole loop on a Kafka of its own and real bars, and a proof of every promise.
 
-Nothing is staged: the break is that of February 2018 in SPY, the alarm, the retraining and the
-verdict are the workers' own. What the demo does by hand is to start them, to feed bars, and to
-kill a replica.
+The crash of February 2018 in SPY comes first. Where the champion stands it, simulated bars follow,
+labelled as such, that no champion of 2017 can stand. Alarm, retraining and verdict are the workers'
+own: what the demo does by hand is to start them, to feed bars, and to kill replicas.
 """
 
 import json

@@ -37,9 +37,10 @@ def demo(
 ) -> None:
     """Run the whole loop on a real Kafka and real bars, and prove what it promises.
 
-    It trains a champion on the calm year 2017, streams the break of February
-    2018, kills a replica, waits for alarm, retraining, verdict and swap, and
-    counts in the end. Status 0 only if every promise held.
+    It trains a champion on the calm year 2017, streams the crash of February
+    2018 and then, if need be, simulated bars with a break, kills replicas,
+    waits for alarm, retraining, verdict and swap, and counts in the end.
+    Status 0 only if every promise held.
     """
     from workers.demo import Options, run
 
@@ -116,7 +117,7 @@ def feed(
 ) -> None:
     """Stream bars in event-time order into market.bars.
 
-    gpt-trader-stream feed                      # the break of February 2018
+    gpt-trader-stream feed                      # the crash of February 2018
     gpt-trader-stream feed spy --speed 600      # ten minutes a second
     gpt-trader-stream feed bars.parquet --resume
     """
