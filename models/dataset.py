@@ -40,6 +40,8 @@ def load_bars(source: str | Path | pd.DataFrame) -> pd.DataFrame:
     symbol and ts the first stays; `frame.attrs` counts both (`rejected`, `duplicates`).
     Raises BarsRejected where columns are missing, ts is no epoch ms, or too many bars are impossible.
     """
+    if not isinstance(source, str | Path | pd.DataFrame):
+        raise BarsRejected(f"bars are a DataFrame or a parquet file, not {type(source).__name__}")
     frame = source if isinstance(source, pd.DataFrame) else pd.read_parquet(source)
     missing = [name for name in COLUMNS if name not in frame.columns]
     if missing:

@@ -110,6 +110,10 @@ class Watcher(Protocol):
         """`network` is the one that was judged; sample[B, L, F] are inputs of the validation part."""
 
 
+class TrainingRefused(ValueError):
+    """It cannot be trained like this; the message says what is in the way, and what to do."""
+
+
 class Diverged(Exception):
     """Loss or gradients were not finite; the weights are those before the step that would use them."""
 
@@ -128,7 +132,7 @@ def train(
     With `checkpoint`, the file is written after every epoch, and a run that finds it goes on from
     there to the very weights of a run that was never interrupted (same machine, same threads).
     The weights that came in count as epoch 0, so training never ends worse than it began.
-    Raises Diverged.
+    Raises TrainingRefused, Diverged.
     """
     device = next(network.parameters()).device
     with torch.random.fork_rng(_cuda_indices(device)):
@@ -296,12 +300,14 @@ class _Run:
         aside.replace(path)
 
     def restore(self, path: Path) -> None:
-        """Raises ValueError if the checkpoint is of another run."""
+        """Raises TrainingRefused if the checkpoint is of another run."""
         with safe_open(path, "pt", device=str(self.device)) as file:
             header = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header.get("run") != self.identity():
-            raise ValueError(f"{path} is a checkpoint of another configuration")
+            raise TrainingRefused(
+                f"{path} is a checkpoint of another configuration: name another file, or remove it"
+            )
         saved = json.loads(header["progress"])
         self.progress = Progress(**{**saved, "epochs": [Epoch(**e) for e in saved["epochs"]]})
         parts: dict[str, dict[str, Any]] = {"optimiser": {}}
@@ -434,7 +440,7 @@ def _autocast(device: torch.device, precision: str) -> Any:
     if precision == "float32":
         return nullcontext()
     if device.type == "cpu":
-        raise ValueError("precision bfloat16 is for CUDA devices; on a CPU train in float32")
+        raise TrainingRefused("precision bfloat16 is for CUDA devices; on a CPU train in float32")
     return torch.autocast(device.type, torch.bfloat16)
 
 

@@ -44,6 +44,10 @@ def run(
         task = progress.add_task("features", total=len(bars))
         panel = build(bars, infer_spec(bars, timezone), target, lambda n: progress.advance(task, n))
         result = evaluate(panel, protocol, _Bar(progress), keep)
+        result["protocol"] |= {
+            "bars_impossible": bars.attrs["rejected"],
+            "bars_twice": bars.attrs["duplicates"],
+        }
         if ablations:
             result["ablations"] = ablate(panel, protocol, _Bar(progress), keep=keep)
     if json_path is not None:

@@ -105,6 +105,12 @@ def test_what_is_not_bars_is_refused_with_a_reason(damage: Any, message: str) ->
         load_bars(damage(make_frame(n=50)))
 
 
+@pytest.mark.parametrize("source", [None, np.zeros((3, 7)), [1, 2]])
+def test_what_is_no_table_is_refused(source: Any) -> None:
+    with pytest.raises(BarsRejected, match="a DataFrame or a parquet file"):
+        load_bars(source)
+
+
 def test_the_interval_is_the_most_frequent_distance_within_a_symbol() -> None:
     assert infer_interval_ms(load_bars(make_frame(n=200))) == 5 * MINUTE_MS
     with pytest.raises(BarsRejected, match="interval is unknown"):

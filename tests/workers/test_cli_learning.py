@@ -13,8 +13,10 @@ from models.blending import EnsembleConfig
 from models.bundle import Bundle, load, save
 from models.dataset import BarsRejected
 from models.pipeline import read_recipe
+from models.training import TrainingRefused
 from tests.workers.builders import make_bundle
 from tests.workers.test_cli import few_bars, invoke
+from workers import cli
 from workers.config import Settings
 
 RECIPE = """
@@ -106,6 +108,15 @@ def test_a_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
     assert Path(run).stat().st_mtime_ns == written, "both epochs were done already"
     assert same_weights(trained, only(tmp_path / "second"))
     assert same_weights(trained, only(tmp_path / "whole"))
+
+
+def test_a_checkpoint_of_another_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = str(tmp_path / "run.safetensors")
+    assert train(tmp_path, "--checkpoint", run).exit_code == 0
+    error = train(tmp_path, "--checkpoint", run, "--seed", "8").exception
+    assert isinstance(error, TrainingRefused)
+    assert "another configuration" in str(error)
+    assert cli._is_expected(error)
 
 
 def test_an_ensemble_is_one_bundle_and_has_no_checkpoint(tmp_path: Path) -> None:

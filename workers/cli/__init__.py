@@ -1,5 +1,6 @@
 """The command `gpt-trader-stream`. A command imports what it needs when it runs: help comes at once."""
 
+import sys
 from enum import StrEnum
 from typing import Annotated
 
@@ -74,5 +75,8 @@ def _is_expected(error: Exception) -> bool:
     from models.sessions import CalendarUnavailable
     from workers.errors import StreamError
 
+    training = sys.modules.get("models.training")  # it needs torch
+    if training and isinstance(error, training.TrainingRefused | training.Diverged):
+        return True
     ours = StreamError | BundleRejected | BarsRejected | CalendarUnavailable | RuntimeUnavailable
     return isinstance(error, ours | ValidationError | OSError)
