@@ -1,6 +1,7 @@
 """The commands that make bundles out of bars, as a user calls them."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -239,3 +240,23 @@ def test_what_is_not_installed_is_said_with_what_to_do(
     said = " ".join(refused.output.replace("│", " ").split())
     assert library in said
     assert instead in said
+
+
+def test_evaluate_writes_numbers_and_a_page(tmp_path: Path) -> None:
+    bars = few_bars(tmp_path, 2_500)
+    table = pd.read_parquet(bars)
+    table.assign(ts=table["ts"] + 1_600_000_000_000).to_parquet(bars)
+    told, page = tmp_path / "out.json", tmp_path / "out.html"
+    asked = ["--bars", str(bars), "--horizon", "6", "--fast", "--seeds", "1", "--threads", "1"]
+    result = invoke("evaluate", *asked, "--json", str(told), "--report", str(page))
+    assert result.exit_code == 0, result.output
+    found = json.loads(told.read_text())
+    rows = {row["model"]: row for row in found["rows"]}
+    assert {"har_tod", "xgboost", "lstm", "lstm_attention", "blend"} <= set(rows)
+    for name, row in rows.items():
+        assert {"qlike", "mse_log", "n", "seconds_fit", "seconds_predict", "dm_vs"} <= set(row), (
+            name
+        )
+    assert found["protocol"]["horizon_bars"] == 6
+    assert found["protocol"]["bars_impossible"] == 0
+    assert page.read_text().count("data:image/png;base64") >= 3
