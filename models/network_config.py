@@ -36,10 +36,16 @@ class NetworkConfig(BaseModel):
     """Of the newest step over the window, with scaled dot-product or additive (Bahdanau) scores.
 
     In window mode also `self`, of every step over every other, and `cross`, of the newest step over
-    the completed bars of a slower time frame. Each with one head or many.
+    the completed bars of a slower time frame. Each with one head or many. Over a session `dot` is
+    as good as any and never worse than none, in five seeds on two markets; the figures are in
+    `tests/benchmarks/forecasting.md`.
     """
     window: int = Field(default=30, ge=1, le=4096)
-    """Steps that attention sees, the newest included; in window mode all that is seen."""
+    """Steps that attention sees, the newest included; in window mode all that is seen.
+
+    The default is for speed: a session of 5-minute bars, 78, forecasts 0.6 % better and costs a
+    fifth more time.
+    """
     heads: int = Field(default=4, ge=1, le=64)
     attention_size: int = Field(default=64, ge=1, le=4096)
     """Numbers per key and per value, all heads together."""
