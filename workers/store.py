@@ -7,6 +7,7 @@ that does not know whether one arrived simply does it again (`Outbox` does).
 import hashlib
 import json
 import logging
+import sqlite3
 import time
 import uuid
 from collections import deque
@@ -351,7 +352,7 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
 
     def prepare(connection: Any, _: object) -> None:
         connection.isolation_level = None  # the driver would begin late and leave DDL outside
-        connection.execute("PRAGMA journal_mode = WAL")
+        _log_ahead(connection)
 
     def begin(connection: sa.Connection) -> None:
         # A write that begins as a read cannot wait for the lock: it fails at once.
@@ -361,6 +362,19 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     sa.event.listen(engine, "connect", prepare)
     sa.event.listen(engine, "begin", begin)
     return engine
+
+
+def _log_ahead(connection: Any) -> None:
+    """Put a database into WAL mode; SQLite itself does not wait for the lock that the first one needs."""
+    until = time.monotonic() + STATEMENT_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def _open_postgres(url: sa.URL) -> sa.Engine:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -246,16 +247,19 @@ def test_create_again_keeps_what_is_there(registry: Registry, database_url: str)
 
 
 def test_workers_that_start_together_make_the_tables_once(database_url: str) -> None:
+    together = Barrier(12)
+
     def start(_: int) -> None:
         registry = Registry(database_url)
+        together.wait()
         registry.create()
         promote(registry)
         registry.close()
 
-    with ThreadPoolExecutor(6) as pool:
-        list(pool.map(start, range(6)))
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(start, range(12)))
     registry = Registry(database_url)
-    assert len(registry.history()) == 6
+    assert len(registry.history()) == 12
     assert registry.verify() == []
     registry.close()
 
