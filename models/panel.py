@@ -244,7 +244,8 @@ def _breaks(times: Ints, interval_ms: int, timezone: str) -> dict[str, Any]:
     days = len(np.unique(local // DAY_MS))
     share = np.bincount(local % DAY_MS // interval_ms) / days
     open_ = np.flatnonzero(share > _RARE)
-    if interval_ms > DAY_MS or days < _MIN_DAYS or np.median(share[open_]) < 0.5:
+    is_known = interval_ms < DAY_MS and days >= _MIN_DAYS and len(open_)
+    if not is_known or np.median(share[open_]) < 0.5:
         return {}
     around = np.append(open_, open_[0] + -(-DAY_MS // interval_ms))
     closed = np.diff(around) - 1

@@ -297,6 +297,13 @@ def test_around_the_clock_absent_bars_are_filled() -> None:
     assert infer_spec(bars).max_fill == 12
 
 
+def test_bars_too_rare_to_tell_an_open_hour_by_are_filled() -> None:
+    bars = on(pd.date_range("2020-01-01", "2021-06-30"), 0)
+    bars["ts"] += 60_000 * np.random.default_rng(0).integers(0, 1_438, len(bars))
+    pairs = pd.concat([bars, bars.assign(ts=bars["ts"] + 60_000)])
+    assert infer_spec(load_bars(pairs)).max_fill == 12
+
+
 def test_ablations_compare_with_the_network_as_it_is() -> None:
     names = [v.name for v in variants(TINY)]
     assert len(set(names)) == len(names)
