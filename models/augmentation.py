@@ -120,6 +120,11 @@ class ChunkAugmentation(BaseModel):
     log variances shift by 2 log c, in features and labels; return labels are multiplied by c."""
 
 
+SHIFTED_LEVELS: Final = ChunkAugmentation(level=0.5)
+"""What is trained on unless told otherwise: how variance will move says more than how high a symbol's
+was when it was learnt, and new symbols and regimes have other levels."""
+
+
 class Augmentation(BaseModel):
     """All that may be altered, as a recipe names it; by default nothing is."""
 

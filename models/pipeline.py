@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from models import tabular_training
-from models.augmentation import Augmentation, AugmentedChunks, ChunkAugmentation, altered_history
+from models.augmentation import (
+    SHIFTED_LEVELS,
+    Augmentation,
+    AugmentedChunks,
+    ChunkAugmentation,
+    altered_history,
+)
 from models.blending import EnsembleConfig
 from models.bundle import Bundle, BundleConfig
 from models.dataset import (
@@ -91,9 +97,7 @@ class Recipe(BaseModel):
     )
     """By default the rate does not depend on how long training may last, nor do the weights."""
     loss: LossConfig = LossConfig()
-    augmentation: Augmentation = Augmentation(chunks=ChunkAugmentation(level=0.5))
-    """By default one factor for the returns of each training stream: how variance will move says more
-    than how high it was, and new regimes and symbols have other levels."""
+    augmentation: Augmentation = Augmentation(chunks=SHIFTED_LEVELS)
     scaler: Kind = "standard"
     validation: Share = 0.2
     """Share of the bar times, the newest. Epochs and variance bias are chosen on its first half; on its

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from models.augmentation import AugmentedChunks, ChunkAugmentation
+from models.augmentation import SHIFTED_LEVELS, AugmentedChunks, ChunkAugmentation
 from models.dataset import Chunks, History
 from models.features import WARM_UP_BARS, F
 from models.losses import LossConfig, Objective
@@ -62,9 +62,8 @@ class Options(BaseModel):
     rows: int = 1_600_000
     """Of all epochs together: a longer history has fewer epochs, but at least two."""
     loss: LossConfig = LossConfig()
-    augmentation: ChunkAugmentation = ChunkAugmentation(level=0.5)
-    """Of training chunks where a volatility is learnt: how variance will move says more than how high
-    a symbol's was when it was learnt, and new symbols and regimes have other levels."""
+    augmentation: ChunkAugmentation = SHIFTED_LEVELS
+    """Of training chunks where a volatility is learnt."""
     batch: int = 16
     length: int = 64
     burn_in: int = 128
